@@ -1,0 +1,1 @@
+"""Sharding-annotated layers that all model families share."""

@@ -1,0 +1,92 @@
+"""What a sequence mixer is: the five methods, its state, and a tree of rows to be decoded.
+
+A mixer is the part of a block that lets positions see each other: attention, a recurrence. Every
+one of them offers a parallel form for training and an incremental one for decoding:
+
+    __call__(x[B,T,D], segment_ids, positions, context=None) -> y[B,T,D]
+    init_state(batch, max_len, path=1, context=None) -> State
+    prefill(x[B,T,D], valid[B,T], state) -> (y, state)
+    step(x[B,N,D], tree, state) -> (y, scratch)          # state is read, never written
+    commit(state, scratch, path[B,P], count[B]) -> state  # uses no parameters
+
+Decoding verifies a tree of N candidate rows at once; plain decoding is the tree of one row. The
+root is the last token emitted, which is not in the state yet. `step` leaves what a row would add
+in `scratch`, and only the rows on the accepted path are committed, so rejecting costs nothing.
+"""
+
+import dataclasses
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+
+class State:
+    """State of one mixer; leaves of a stack's state have a leading layer axis.
+
+    `at` and `put` select one layer of such a stack. A state that is read whole at each step (a
+    recurrent one) keeps these defaults; a KV cache overrides them, to be read block by block.
+    """
+
+    def at(self, layer: int | jax.Array) -> Self:
+        """The state of one layer."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False), self)
+
+    def put(self, layer: int | jax.Array, one: Self) -> Self:
+        """The stack with `one`, which came from `at(layer)`, in place of that layer."""
+        return jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0), self, one
+        )
+
+
+class Rows(Protocol):
+    """A tree of N rows per request, in an order where parents stand before their children.
+
+    depth int32 [B, N] (root 0), valid bool [B, N], ancestors bool [B, N, N]
+    (``ancestors[b, i, j]``: row j is row i or one of its ancestors).
+    """
+
+    depth: jax.Array
+    valid: jax.Array
+    ancestors: jax.Array
+
+
+class Mixer(Protocol):
+    """See the module's docstring."""
+
+    def __call__(self, x: jax.Array, segment_ids: jax.Array, positions: jax.Array,
+                 context: jax.Array | None = None) -> jax.Array: ...
+
+    def init_state(self, batch: int, max_len: int, path: int = 1,
+                   context: jax.Array | None = None) -> State: ...
+
+    def prefill(self, x: jax.Array, valid: jax.Array, state: Any) -> tuple[jax.Array, Any]: ...
+
+    def step(self, x: jax.Array, tree: Rows, state: Any) -> tuple[jax.Array, Any]: ...
+
+    def commit(self, state: Any, scratch: Any, path: jax.Array, count: jax.Array) -> Any: ...
+
+
+class MixerConfig(Protocol):
+    """A frozen dataclass that builds a mixer and counts its work."""
+
+    def build(self, width: int, *, gain: float, key: jax.Array, dtype) -> Mixer: ...
+
+    def flops_per_token(self, width: int, length: int) -> float:
+        """Forward FLOPs of one token in a causal sequence of `length`, averaged over it."""
+        ...
+
+
+def state(cls: type) -> type:
+    """Makes a State subclass a frozen dataclass and a pytree of all its fields."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    return jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[f.name for f in dataclasses.fields(cls) if not f.metadata.get("static")],
+        meta_fields=[f.name for f in dataclasses.fields(cls) if f.metadata.get("static")],
+    )
+
+
+def valid_count(valid: jax.Array) -> jax.Array:
+    """bool [B, T] -> int32 [B]: how many positions are real."""
+    return jnp.sum(valid, axis=1, dtype=jnp.int32)

@@ -1,0 +1,1 @@
+"""Runnable recipes (train, decode, convert, plan, bench) and the data layers they share."""

@@ -1,0 +1,13 @@
+"""parazoo: sequence and dense-prediction models in JAX behind one small door.
+
+>>> import zoo
+>>> model = zoo.build("llama-tiny")
+>>> logits = model({"tokens": tokens}).logits
+>>> zoo.generate(model, [[100, 101, 102]], max_new_tokens=8).tokens
+"""
+
+from zoo import protocol
+from zoo.registry import build, config, from_dict, override, to_dict
+from zoo.registry import list_models as list
+
+__all__ = ["build", "config", "from_dict", "list", "override", "protocol", "to_dict"]

@@ -1,0 +1,202 @@
+"""The skeleton of every decoder-only language model: embedding, blocks, norm, head.
+
+A family is a choice of mixers: it subclasses `DecoderConfig` and says which mixer stands at each
+position of the repeating pattern.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import sharding
+from layers.block import Block
+from layers.dropout import dropout, fold
+from layers.embed import Embedding
+from layers.linear import fan_in_normal
+from layers.losses import cross_entropy
+from layers.mixer import MixerConfig, Rows, state
+from layers.mlp import Mlp
+from layers.norm import Norm, Normalize
+from layers.stack import Stack
+from zoo.protocol import Output, Step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """What all decoder-only families share.
+
+    Attributes:
+      vocab_size: rows of the token table.
+      width: of the residual stream.
+      num_layers: blocks.
+      mlp, norm: of every block.
+      max_length: the longest sequence that the model is made for; a learned position table has
+        this many rows.
+      tie_embeddings: the head is the token table.
+      learned_positions: adds a learned vector per absolute position.
+      dropout: rate on the embeddings and on each residual branch, in training.
+    """
+
+    vocab_size: int
+    width: int
+    num_layers: int
+    mlp: Mlp
+    norm: Norm
+    max_length: int
+    tie_embeddings: bool = False
+    learned_positions: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("vocab_size", "width", "num_layers", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """The repeating pattern of mixers, at least one."""
+        raise NotImplementedError
+
+    def build(self, *, key: jax.Array, dtype=jnp.float32, stacked: bool = True,
+              remat: str = "none") -> "DecoderLM":
+        """The model with fresh parameters; see `layers.stack` for `stacked` and `remat`."""
+        return DecoderLM(self, key=key, dtype=dtype, stacked=stacked, remat=remat)
+
+    def flops_per_token(self, length: int, *, head: bool = True) -> float:
+        """Forward FLOPs of one token in a sequence of `length`, averaged over its positions.
+
+        Counted are matrix products, two FLOPs a multiply-add; of causal attention only the part
+        under the diagonal. Training costs three times as much; recomputation is not counted.
+        """
+        pattern = self.mixers()
+        blocks = sum(
+            pattern[i % len(pattern)].flops_per_token(self.width, length)
+            + self.mlp.flops_per_token(self.width)
+            for i in range(self.num_layers)
+        )
+        return blocks + (2 * self.width * self.vocab_size if head else 0)
+
+
+@state
+class DecoderState:
+    """Decoding state: int32 [B] tokens so far, and the stack's states."""
+
+    length: jax.Array
+    stack: dict
+
+
+class DecoderLM(nnx.Module):
+    """A decoder-only language model over any mixers."""
+
+    def __init__(self, config: DecoderConfig, *, key: jax.Array, dtype, stacked: bool,
+                 remat: str):
+        self.config = config
+        keys = jax.random.split(key, 4)
+        # Unit-norm rows: the first norm rescales them, and a tied head starts with small logits.
+        deviation = config.width**-0.5
+        self.embed = Embedding(config.vocab_size, config.width, deviation=deviation,
+                               key=keys[0], dtype=dtype)
+        self.positions = (
+            Embedding(config.max_length, config.width, axis=None, deviation=0.5 * deviation,
+                      key=keys[1], dtype=dtype)
+            if config.learned_positions else None)
+        # Each block adds two branches to the stream; this keeps its variance from growing.
+        gain = (2 * config.num_layers) ** -0.5
+
+        def kind(mixer):
+            return lambda key: Block(mixer, config.mlp, config.norm, config.width,
+                                     dropout=config.dropout, gain=gain, key=key, dtype=dtype)
+
+        self.stack = Stack([kind(m) for m in config.mixers()], config.num_layers,
+                           stacked=stacked, remat=remat, key=keys[2])
+        self.norm = Normalize(config.norm, config.width, key=key, dtype=dtype)
+        init = sharding.param(fan_in_normal(config.width), "embed", "vocab")
+        self.head = None if config.tie_embeddings else nnx.Param(
+            init(keys[3], (config.width, config.vocab_size), dtype), axes=init.axes)
+
+    def head_matrix(self) -> jax.Array:
+        """The head [D, V], which may be the token table."""
+        return self.embed.table[...].T if self.head is None else self.head[...]
+
+    def _embed(self, tokens, positions, key=None):
+        x = self.embed(tokens)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        return dropout(x, self.config.dropout, key)
+
+    def _logits(self, hidden):
+        logits = sharding.einsum("btd,dv->btv", hidden, self.head_matrix(),
+                                 weight=("embed", "vocab"), out=("batch", "seq", "vocab"),
+                                 preferred_element_type=jnp.float32)
+        return logits
+
+    def __call__(self, batch: dict[str, jax.Array], key: jax.Array | None = None,
+                 train: bool = False) -> Output:
+        """Runs whole sequences.
+
+        Args:
+          batch: ``tokens`` int32 [B, T]; optionally ``segment_ids`` int32 [B, T] (documents
+            packed in one row; 0 is padding) and ``positions`` int32 [B, T] within the document.
+          key: for dropout; None for none.
+          train: leaves the logits out (see `loss`) and needs a key where the config has dropout.
+
+        Returns:
+          Output with hidden [B, T, D] and, unless training, logits float32 [B, T, V].
+        """
+        tokens = batch["tokens"]
+        if train and key is None and self.config.dropout:
+            raise ValueError(f"dropout is {self.config.dropout}; training needs a key for it")
+        segments = batch.get("segment_ids")
+        positions = batch.get("positions")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32),
+                                         tokens.shape)
+        key = key if train else None
+        x = self._embed(tokens, positions, fold(key, 0))
+        x = self.stack(x, segments, positions, fold(key, 1))
+        hidden = self.norm(x)
+        return Output(logits=None if train else self._logits(hidden), hidden=hidden)
+
+    def loss(self, output: Output, labels: jax.Array, weights: jax.Array, *,
+             z_loss: float = 0.0) -> tuple[jax.Array, jax.Array, dict]:
+        """Next-token cross-entropy of an output: (sum in nats, weight, statistics).
+
+        labels int32 [B, T], weights float32 [B, T]; see `layers.losses.cross_entropy`.
+        """
+        return cross_entropy(output.hidden, self.head_matrix(), labels, weights, z_loss=z_loss)
+
+    def init_state(self, batch: int, max_len: int, path: int = 1) -> DecoderState:
+        """An empty state for `batch` requests of up to `max_len` tokens.
+
+        `path` is the longest path that `commit` will be given.
+        """
+        return DecoderState(jnp.zeros(batch, jnp.int32),
+                            self.stack.init_state(batch, max_len, path))
+
+    def prefill(self, tokens: jax.Array, valid: jax.Array, state: DecoderState
+                ) -> tuple[jax.Array, DecoderState]:
+        """Takes a chunk int32 [B, T] of every request into the state.
+
+        `valid` bool [B, T] marks real tokens, in any arrangement. Returns the hidden states
+        [B, T, D] and the new state.
+        """
+        positions = state.length[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
+        x, stack = self.stack.prefill(self._embed(tokens, positions), valid, state.stack)
+        length = state.length + jnp.sum(valid, axis=1, dtype=jnp.int32)
+        return self.norm(x), DecoderState(length, stack)
+
+    def step(self, tokens: jax.Array, tree: Rows, state: DecoderState) -> Step:
+        """Runs a tree of rows int32 [B, N]; the state is read, not changed."""
+        positions = state.length[:, None] + tree.depth
+        x, scratch = self.stack.step(self._embed(tokens, positions), tree, state.stack)
+        hidden = self.norm(x)
+        return Step(self._logits(hidden), hidden, scratch)
+
+    def commit(self, state: DecoderState, scratch, path: jax.Array, count: jax.Array
+               ) -> DecoderState:
+        """Takes the first `count` int32 [B] rows of `path` int32 [B, P] into the state."""
+        return DecoderState(state.length + count,
+                            self.stack.commit(state.stack, scratch, path, count))

@@ -1,0 +1,226 @@
+"""Presets by name, overrides by path, and building a model where its shards live."""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import sharding
+from zoo.protocol import axes, merge, shardings, split
+
+# Family -> (module, config class). A family's presets stand in its own module, loaded on demand.
+FAMILIES: Mapping[str, tuple[str, str]] = {
+    "transformer": ("zoo.transformer", "Transformer"),
+}
+
+
+def _family(name: str) -> tuple[type, Mapping[str, Any]]:
+    module_name, class_name = FAMILIES[name]
+    module = importlib.import_module(module_name)
+    return getattr(module, class_name), module.PRESETS
+
+
+@functools.cache
+def _presets() -> dict[str, Any]:
+    return {preset: make for family in FAMILIES for preset, make in _family(family)[1].items()}
+
+
+def _near(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+
+
+def list_models() -> list[str]:
+    """The names of all presets, by family and size."""
+    return list(_presets())
+
+
+def config(name: str, **overrides: Any) -> Any:
+    """A preset's config, with fields replaced.
+
+    Args:
+      name: one of `zoo.list()`.
+      **overrides: new values by field; nested fields by dotted path, as in
+        ``zoo.config("llama-tiny", num_layers=2, **{"attention.window": 512})``. Texts are
+        converted to the field's type.
+
+    Raises:
+      ValueError: an unknown name or field (with the nearest one), or a value that the config
+        refuses.
+    """
+    if name not in _presets():
+        raise ValueError(f"unknown model {name!r}{_near(name, _presets())}")
+    return override(_presets()[name](), overrides)
+
+
+def override(config: Any, overrides: Mapping[str, Any]) -> Any:
+    """`config` with the fields at dotted paths replaced, all at once; see `config`."""
+    nested: dict[str, dict] = {}
+    changes: dict[str, Any] = {}
+    known = {f.name: f for f in dataclasses.fields(config)}
+    hints = typing.get_type_hints(type(config))
+    for path, value in overrides.items():
+        head, _, rest = path.partition(".")
+        if head not in known:
+            raise ValueError(
+                f"{type(config).__name__.lower()} has no field {head!r}{_near(head, known)}")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            changes[head] = _convert(value, hints[head], path)
+    for head, inner in nested.items():
+        child = changes.get(head, getattr(config, head))
+        if not dataclasses.is_dataclass(child):
+            raise ValueError(
+                f"{head!r} is {child!r}, which has no fields; cannot set {head}.{next(iter(inner))}")
+        changes[head] = override(child, inner)
+    return dataclasses.replace(config, **changes)
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the type `hint` of the field at `path`; texts are parsed."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        if types.NoneType in options:
+            return None
+        raise ValueError(f"{path} cannot be none; it is a {hint.__name__}")
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, option):
+            return value
+        if option is bool:
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                return value.lower() == "true"
+        elif option is int:
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+            if isinstance(value, float) and value.is_integer():
+                return int(value)
+            if isinstance(value, str):
+                try:
+                    return int(value.replace("_", ""))
+                except ValueError:
+                    continue
+        elif option is float and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                continue
+        elif option is str and isinstance(value, str):
+            return value
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options)
+    raise ValueError(f"{path} is {value!r}; it must be {names}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON-able nested dicts; each names its class under "type"."""
+    def plain(value):
+        if dataclasses.is_dataclass(value):
+            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {"type": type(value).__name__, **fields}
+        return value
+
+    return plain(config)
+
+
+def _config_classes(cls: type, found: dict[str, type]) -> dict[str, type]:
+    if cls.__name__ not in found:
+        found[cls.__name__] = cls
+        for hint in typing.get_type_hints(cls).values():
+            for option in typing.get_args(hint) or (hint,):
+                if dataclasses.is_dataclass(option):
+                    _config_classes(option, found)
+    return found
+
+
+def from_dict(data: Mapping[str, Any]) -> Any:
+    """The inverse of `to_dict`. Raises ValueError for an unknown class or field."""
+    classes: dict[str, type] = {}
+    for family in FAMILIES:
+        _config_classes(_family(family)[0], classes)
+
+    def revive(value):
+        if not isinstance(value, Mapping):
+            return value
+        fields = {name: revive(child) for name, child in value.items() if name != "type"}
+        name = value.get("type")
+        if name not in classes:
+            raise ValueError(f"unknown config type {name!r}{_near(str(name), classes)}")
+        known = {f.name for f in dataclasses.fields(classes[name])}
+        for field in fields:
+            if field not in known:
+                raise ValueError(f"{name} has no field {field!r}{_near(field, known)}")
+        return classes[name](**fields)
+
+    return revive(data)
+
+
+@functools.lru_cache(maxsize=64)
+def _maker(config, dtype, stacked, remat, mesh, rules):
+    """(definition, abstract params, jitted seed -> params) of a config."""
+    found = []
+
+    def make(seed):
+        model = config.build(key=jax.random.key(seed), dtype=dtype, stacked=stacked, remat=remat)
+        definition, params = split(model)
+        found.append((definition, axes(model)))
+        return params
+
+    shapes = jax.eval_shape(make, jnp.uint32(0))
+    definition, names = found[-1]
+    layout = shardings(mesh, rules, names, shapes)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout)
+    return definition, abstract, jax.jit(make, out_shardings=layout)
+
+
+def build(
+    name_or_config: Any,
+    seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules | None = None,
+    dtype=jnp.float32,
+    abstract: bool = False,
+    stacked: bool | None = None,
+    remat: str = "none",
+):
+    """A model with fresh parameters, each shard made on the device where it lives.
+
+    Args:
+      name_or_config: a preset's name or a config.
+      seed: of the parameters.
+      mesh: where; default the ambient mesh, else the first device alone.
+      rules: how parameters are laid over the mesh; default the ambient rules (fsdp_tp).
+      dtype: of the parameters, jnp.float32 or jnp.bfloat16. The model computes in it.
+      abstract: True leaves ShapeDtypeStructs (with shardings) in place of arrays.
+      stacked: True for scanned, stacked layers, False for a list of layers, None for what suits
+        the mesh's devices (a list on CPU).
+      remat: what the backward pass keeps of each block: "none" (keep all), "dots", "full".
+
+    Returns:
+      The model: ``model({"tokens": tokens}).logits``.
+
+    Raises:
+      ValueError: unknown name, or sizes that do not divide over the mesh.
+    """
+    if isinstance(name_or_config, str):
+        name_or_config = config(name_or_config)
+    if mesh is None:
+        mesh = jax.sharding.get_mesh()
+        if mesh.empty:
+            mesh = sharding.mesh("data:1", [jax.local_devices()[0]])
+    rules = sharding.ambient_rules() if rules is None else rules
+    if stacked is None:
+        stacked = mesh.devices.flat[0].platform != "cpu"
+    with sharding.use(mesh, rules):
+        definition, shapes, make = _maker(
+            name_or_config, jnp.dtype(dtype), stacked, remat, mesh, rules)
+        return merge(definition, shapes if abstract else make(jnp.uint32(seed)))
