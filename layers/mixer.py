@@ -12,6 +12,7 @@ one of them offers a parallel form for training and an incremental one for decod
 Decoding verifies a tree of N candidate rows at once; plain decoding is the tree of one row. The
 root is the last token emitted, which is not in the state yet. `step` leaves what a row would add
 in `scratch`, and only the rows on the accepted path are committed, so rejecting costs nothing.
+A request that is finished commits 0 rows, which leaves its state as it was.
 """
 
 import dataclasses

@@ -42,15 +42,18 @@ def ambient_mesh():
 
 
 @contextlib.contextmanager
-def ensure_mesh():
-    """Enters a mesh of this process' first device where none is ambient.
+def ensure_mesh(tree: Any = None):
+    """Enters a mesh where none is ambient: that of `tree`'s arrays, else of the first device.
 
     Dispatch reads its compile target off the ambient mesh, so there always is one.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        device = jax.local_devices()[0]
-        one = Mesh(np.asarray([device]), ("data",), axis_types=(AxisType.Auto,))
-        with jax.set_mesh(one):
+        layouts = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
+        mesh = next((s.mesh for s in layouts if isinstance(s, jax.NamedSharding)), None)
+        if mesh is None:
+            device = jax.local_devices()[0]
+            mesh = Mesh(np.asarray([device]), ("data",), axis_types=(AxisType.Auto,))
+        with jax.set_mesh(mesh):
             yield
     else:
         yield

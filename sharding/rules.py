@@ -13,8 +13,8 @@ from sharding.mesh import ShardingError
 MeshAxes = str | tuple[str, ...] | None
 
 # An odd vocabulary (GPT-2's 50257) is replicated rather than refused: nothing else can be done
-# with published weights. `sharding.report` names every such case.
-REPLICATE_IF_UNEVEN = frozenset({"vocab"})
+# with published weights. So is an odd batch, as of one prompt on a mesh; training refuses one.
+REPLICATE_IF_UNEVEN = frozenset({"vocab", "batch"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Rules:
           axes: one logical axis, or None, per dimension.
           mesh: a Mesh or AbstractMesh; its axes of size 1, and axes it lacks, are dropped.
           shape: the array's shape, to check that every sharded dimension divides. An uneven
-            vocabulary is replicated; any other uneven dimension is an error.
+            vocabulary or batch is replicated; any other uneven dimension is an error.
           shared: what to do when two dimensions map to one mesh axis: False refuses (parameters),
             True leaves the later dimension whole (activations).
 

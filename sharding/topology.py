@@ -271,7 +271,7 @@ def _devices(topology: Topology) -> tuple[Any, ...]:
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, JaxRuntimeError):
             first = str(error).partition("\n")[0]
-            raise ShardingError(f"the compiler refuses topology {topology.name!r}: {first}") from None
+            raise ShardingError(f"topology {topology.name!r}: the compiler says {first}") from None
         wheels = "libtpu" if topology.platform == "tpu" else "jax's CUDA 13 plugin and cuDNN"
         raise ShardingError(
             f"topology {topology.name!r} needs the compiler in {wheels}, which is not installed or "

@@ -7,7 +7,11 @@
 """
 
 from zoo import protocol
+from zoo.decode.loop import Generation, generate, stream
 from zoo.registry import build, config, from_dict, override, to_dict
 from zoo.registry import list_models as list
 
-__all__ = ["build", "config", "from_dict", "list", "override", "protocol", "to_dict"]
+__all__ = [
+    "Generation", "build", "config", "from_dict", "generate", "list", "override", "protocol",
+    "stream", "to_dict",
+]

@@ -20,6 +20,8 @@ from layers.mixer import MixerConfig, Rows, state
 from layers.mlp import Mlp
 from layers.norm import Norm, Normalize
 from layers.stack import Stack
+from zoo import protocol
+from zoo.decode import sampling
 from zoo.protocol import Output, Step
 
 
@@ -195,8 +197,18 @@ class DecoderLM(nnx.Module):
         hidden = self.norm(x)
         return Step(self._logits(hidden), hidden, scratch)
 
+    def emit(self, step: Step, request: sampling.Request, rows: protocol.Rows
+             ) -> tuple[jax.Array, jax.Array]:
+        """The token int32 [B, N] that follows each row, and whether it ends its request."""
+        column = sampling.sample(step.logits, request, rows.seen, rows.tokens, rows.tree,
+                                 rows.position)
+        return column, jnp.any(column[..., None] == request.stop_tokens[:, None], axis=-1)
+
     def commit(self, state: DecoderState, scratch, path: jax.Array, count: jax.Array
                ) -> DecoderState:
-        """Takes the first `count` int32 [B] rows of `path` int32 [B, P] into the state."""
+        """Takes the first `count` int32 [B] rows of `path` int32 [B, P] into the state.
+
+        A request whose count is 0 keeps its state.
+        """
         return DecoderState(state.length + count,
                             self.stack.commit(state.stack, scratch, path, count))

@@ -43,6 +43,23 @@ class Step:
     scratch: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The rows of a step, for ``model.emit(step, request, rows)``.
+
+    Attributes:
+      tokens: int32 [B, N], the token of each row.
+      tree: how they hang together (`zoo.decode.tree.Tree`).
+      position: int32 [B, N], absolute position of the token that follows each row.
+      seen: bool [B, V], tokens of the prompt and of what was generated so far.
+    """
+
+    tokens: jax.Array
+    tree: Any
+    position: jax.Array
+    seen: jax.Array
+
+
 def _rename(tree: Any, rename) -> Any:
     if isinstance(tree, Mapping):
         return {rename(name): _rename(child, rename) for name, child in tree.items()}

@@ -1,0 +1,1 @@
+"""Decoding: the generate loop, acceptance rules, samplers, stop strings and drafters."""
