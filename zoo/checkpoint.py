@@ -269,8 +269,9 @@ class Checkpointer:
         try:
             _inspect(folder, step, share=(0, 1))
         except _Damaged as error:
-            _LOG.warning("step %d in %s is damaged and is replaced: %s",
-                         step, self._directory, error)
+            _LOG.warning(
+                "step %d in %s is damaged and is replaced: %s", step, self._directory, error
+            )
             return
         raise ValueError(
             f"step {step} is already saved in {self._directory}: "
@@ -315,8 +316,10 @@ class Checkpointer:
     def _verify(self, step: int) -> None:
         """Reads every file of a step, each process its share; raises the same on all of them."""
         folder, tag = self._directory / _step_name(step), f"checkpoint/{next(_calls)}"
-        state = {name: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-                 for name, s in _files(folder).items()}
+        state = {
+            name: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+            for name, s in _files(folder).items()
+        }
         known = self._verified == (step, state)
         if not _gather(f"{tag}/unknown", None if known else "unknown"):
             return
@@ -637,9 +640,7 @@ def _nothing(directory: Path) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, f"no checkpoint in {directory}: {why}")
 
 
-def _newest_whole(
-    directory: Path, numbers: list[int], verify: Callable[[int], None]
-) -> int | None:
+def _newest_whole(directory: Path, numbers: list[int], verify: Callable[[int], None]) -> int | None:
     skipped = []
     for step in reversed(numbers):
         try:
@@ -746,16 +747,21 @@ def _write_manifest(folder: Path, step: int) -> None:
         found = _OWNER.match(name)
         return int(found[1]) if found else 0
 
-    sizes = {name: stat.st_size for name, stat in _files(folder).items()
-             if owner(name) == process and not _MANIFEST.match(name)}
+    sizes = {
+        name: stat.st_size
+        for name, stat in _files(folder).items()
+        if owner(name) == process and not _MANIFEST.match(name)
+    }
     digests = _digests([folder / name for name in sizes], sync=True)
-    body = json.dumps({
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "process": process,
-        "processes": count,
-        "files": {name: [sizes[name], d] for name, d in zip(sizes, digests, strict=True)},
-    }).encode()
+    body = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "process": process,
+            "processes": count,
+            "files": {name: [sizes[name], d] for name, d in zip(sizes, digests, strict=True)},
+        }
+    ).encode()
     _write_file(folder / f"manifest-{process:05d}-of-{count:05d}.json", _seal(body))
 
 
@@ -811,8 +817,10 @@ def _inspect(
             listed |= {path: (size, digest) for path, (size, digest) in manifest["files"].items()}
         rest = {name: stat for name, stat in found.items() if name not in names}
         problems = [f"{name} is missing" for name in sorted(listed.keys() - rest.keys())]
-        problems += [f"{name} does not belong there: remove it"
-                     for name in sorted(rest.keys() - listed.keys())]
+        problems += [
+            f"{name} does not belong there: remove it"
+            for name in sorted(rest.keys() - listed.keys())
+        ]
         for name in sorted(listed.keys() & rest.keys()):
             if not os.path.isfile(folder / name) or os.path.islink(folder / name):
                 problems.append(f"{name} is not a plain file")
@@ -821,8 +829,11 @@ def _inspect(
         if share and not problems:
             mine = sorted(listed)[share[0] :: share[1]]
             digests = _digests([folder / name for name in mine])
-            problems = [f"{name} has changed" for name, d in zip(mine, digests, strict=True)
-                        if d != listed[name][1]]
+            problems = [
+                f"{name} has changed"
+                for name, d in zip(mine, digests, strict=True)
+                if d != listed[name][1]
+            ]
     except OSError as error:
         raise _Damaged(f"it cannot be read: {error}") from None
     if problems:

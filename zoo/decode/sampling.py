@@ -264,10 +264,10 @@ def _truncate(logits: jax.Array, request: Request) -> jax.Array:
 
 
 def _threshold(values: jax.Array, weights: jax.typing.ArrayLike, bound: jax.Array) -> jax.Array:
-    """The smallest t[..., 1] such that the weights of values above t sum to less than `bound`.
+    """The smallest finite t[..., 1] for which the weights of values above t sum below `bound`.
 
     `values >= t` are then the fewest largest values whose weights reach the bound, ties with
-    the last of them included; t = -inf where all together do not reach it. Exact: a bisection
+    the last of them included, or all but -inf where these do not reach it together. Exact: a bisection
     over the bit patterns of float32 ordered as their values, 32 passes over the values. The
     sums fall as t grows even after rounding, as every pass adds in the same order.
     """
@@ -284,7 +284,7 @@ def _threshold(values: jax.Array, weights: jax.typing.ArrayLike, bound: jax.Arra
     high = jnp.max(values, axis=-1, keepdims=True)
     ends = (_rank(jnp.full_like(high, -jnp.inf)), _rank(high))
     _, high = jax.lax.fori_loop(0, 32, narrow, ends)
-    return jnp.where(below(-jnp.inf), -jnp.inf, _value(high))
+    return _value(high)
 
 
 def _rank(x: jax.Array) -> jax.Array:

@@ -1,0 +1,56 @@
+"""Set-up for every test: eight forced CPU devices, full matmul precision, seeds, markers."""
+
+import importlib.metadata
+import os
+import pathlib
+import random
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# JAX reads these when it is imported; child processes of tests inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    forced = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {forced}".strip()
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu asks no metadata server
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # parallel compiles do not fight for its lock file
+# What compiled once is read back by later tests, workers and runs; `make clean` forgets it.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / f"jax-{importlib.metadata.version('jax')}")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# The packages are importable in child processes too, whatever their working folder.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+# Not through the environment: programs that children compile for a TPU keep its own default.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    unmet = {}
+    if not config.getoption("--run-slow"):
+        unmet["slow"] = pytest.mark.skip(reason="slow: runs with --run-slow (make test-all)")
+    if "cuda" not in os.environ["JAX_PLATFORMS"]:
+        unmet["gpu"] = pytest.mark.skip(reason="needs a GPU: run with JAX_PLATFORMS=cuda,cpu")
+    for item in items:
+        for marker, skip in unmet.items():
+            if marker in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seed_generators():
+    """Same numbers in every run, whatever ran before."""
+    random.seed(0)
+    np.random.seed(0)
