@@ -116,10 +116,6 @@ class KVCache(State):
             layer=jnp.asarray(layer, jnp.int32),
         )
 
-    def put(self, layer, one: Self) -> Self:
-        length = lax.dynamic_update_index_in_dim(self.length, one.length, layer, 0)
-        return dataclasses.replace(one, length=length, layer=None)
-
     @property
     def slots(self) -> int:
         """S, the capacity."""
@@ -140,6 +136,9 @@ class KVCache(State):
         return read(self.key, self.key.ndim - 2), read(self.value, self.value.ndim - 2), read(
             self.position, self.position.ndim - 1)
 
+    def apply(self, update) -> Self:
+        return self.write(*update)
+
     def write(self, key, value, position, valid, length) -> Self:
         """Stores rows [B, W, G, K], [B, W, G, V] of `position` int32 [B, W] where `valid`.
 
@@ -149,16 +148,12 @@ class KVCache(State):
         # A slot past the end is dropped; the offsets keep dropped indices distinct.
         outside = self.slots + jnp.arange(position.shape[1])
         slot = jnp.where(valid, position % self.slots, outside)
-        if self.layer is None:
-            where, place = (rows, slice(None), slot), (rows, slot)
-        else:
-            where, place = (self.layer, rows, slice(None), slot), (self.layer, rows, slot)
         options = {"mode": "drop", "unique_indices": True}
         return dataclasses.replace(
             self,
-            key=self.key.at[where].set(key.astype(self.key.dtype), **options),
-            value=self.value.at[where].set(value.astype(self.value.dtype), **options),
-            position=self.position.at[place].set(position, **options),
+            key=self.key.at[rows, :, slot].set(key.astype(self.key.dtype), **options),
+            value=self.value.at[rows, :, slot].set(value.astype(self.value.dtype), **options),
+            position=self.position.at[rows, slot].set(position, **options),
             length=length,
         )
 
@@ -169,6 +164,9 @@ class ContextCache(State):
 
     key: jax.Array
     value: jax.Array
+
+    def apply(self, update) -> Self:
+        return self
 
 
 class AttentionMixer(nnx.Module):
@@ -227,8 +225,10 @@ class AttentionMixer(nnx.Module):
             # Heads are spread wider than key heads: each shard needs its own copy of its keys.
             k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
             k, v = (sharding.constrain(x, "batch", "seq", "heads", "head_dim") for x in (k, v))
+        rules = sharding.ambient_rules()
         out = sharding.local(attention, q, k, v, query_segments, key_segments, scale=self._scale,
-                             softcap=self.config.softcap, **mask)
+                             softcap=self.config.softcap,
+                             rules=dataclasses.replace(rules, kv_heads=rules.heads), **mask)
         return sharding.constrain(out, "batch", "seq", "heads", "head_dim")
 
     def __call__(self, x, segment_ids, positions, context=None):
@@ -315,9 +315,9 @@ class AttentionMixer(nnx.Module):
         q = self._queries(x, None)
         return self.out(self._attend(q, state.key, state.value, None, None, causal=False))
 
-    def prefill(self, x, valid, state):
+    def absorb(self, x, valid, state):
         if isinstance(state, ContextCache):
-            return self._cross(x, state), state
+            return self._cross(x, state), ()
         positions = state.length[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
         order = jnp.arange(x.shape[1])
         seen = (order[:, None] >= order) & valid[:, None, :]
@@ -325,7 +325,7 @@ class AttentionMixer(nnx.Module):
         length = state.length + valid_count(valid)
         # Of a chunk longer than the ring only the last tokens fit, and only they are needed.
         kept = valid & (positions >= length[:, None] - state.slots)
-        return y, state.write(k, v, positions, kept, length)
+        return y, (k, v, positions, kept, length)
 
     def step(self, x, tree: Rows, state):
         if isinstance(state, ContextCache):

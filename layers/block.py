@@ -40,10 +40,10 @@ class Block(nnx.Module):
         """The mixer's state."""
         return self.mixer.init_state(batch, max_len, path, context)
 
-    def prefill(self, x, valid, state) -> tuple[jax.Array, Any]:
+    def absorb(self, x, valid, state) -> tuple[jax.Array, Any]:
         """See `layers.mixer`."""
-        mixed, state = self.mixer.prefill(self.mixer_norm(x), valid, state)
-        return self._residual(x, mixed), state
+        mixed, update = self.mixer.absorb(self.mixer_norm(x), valid, state)
+        return self._residual(x, mixed), update
 
     def step(self, x, tree, state) -> tuple[jax.Array, Any]:
         """See `layers.mixer`."""

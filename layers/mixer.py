@@ -5,14 +5,16 @@ one of them offers a parallel form for training and an incremental one for decod
 
     __call__(x[B,T,D], segment_ids, positions, context=None) -> y[B,T,D]
     init_state(batch, max_len, path=1, context=None) -> State
-    prefill(x[B,T,D], valid[B,T], state) -> (y, state)
+    absorb(x[B,T,D], valid[B,T], state) -> (y, update)    # prefill: then state.apply(update)
     step(x[B,N,D], tree, state) -> (y, scratch)          # state is read, never written
     commit(state, scratch, path[B,P], count[B]) -> state  # uses no parameters
 
 Decoding verifies a tree of N candidate rows at once; plain decoding is the tree of one row. The
 root is the last token emitted, which is not in the state yet. `step` leaves what a row would add
 in `scratch`, and only the rows on the accepted path are committed, so rejecting costs nothing.
-A request that is finished commits 0 rows, which leaves its state as it was.
+A request that is finished commits 0 rows, which leaves its state as it was. `absorb` takes in a
+chunk of prompt in the same way: it reads the state, and `State.apply` writes once, after all
+layers have read. (A cache that is written between two layers' reads gets copied by XLA.)
 """
 
 import dataclasses
@@ -25,19 +27,17 @@ import jax.numpy as jnp
 class State:
     """State of one mixer; leaves of a stack's state have a leading layer axis.
 
-    `at` and `put` select one layer of such a stack. A state that is read whole at each step (a
-    recurrent one) keeps these defaults; a KV cache overrides them, to be read block by block.
+    A state that is read and replaced whole (a recurrent one) keeps these defaults. A KV cache
+    overrides them, to be read block by block and written in one place.
     """
 
     def at(self, layer: int | jax.Array) -> Self:
-        """The state of one layer."""
+        """The state of one layer of a stack, to be read."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, 0, False), self)
 
-    def put(self, layer: int | jax.Array, one: Self) -> Self:
-        """The stack with `one`, which came from `at(layer)`, in place of that layer."""
-        return jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, layer, 0), self, one
-        )
+    def apply(self, update: Any) -> Self:
+        """The state after the update that `absorb` returned."""
+        return update
 
 
 class Rows(Protocol):
@@ -61,11 +61,18 @@ class Mixer(Protocol):
     def init_state(self, batch: int, max_len: int, path: int = 1,
                    context: jax.Array | None = None) -> State: ...
 
-    def prefill(self, x: jax.Array, valid: jax.Array, state: Any) -> tuple[jax.Array, Any]: ...
+    def absorb(self, x: jax.Array, valid: jax.Array, state: Any) -> tuple[jax.Array, Any]: ...
 
     def step(self, x: jax.Array, tree: Rows, state: Any) -> tuple[jax.Array, Any]: ...
 
     def commit(self, state: Any, scratch: Any, path: jax.Array, count: jax.Array) -> Any: ...
+
+
+def prefill(mixer: Mixer, x: jax.Array, valid: jax.Array, state: State
+            ) -> tuple[jax.Array, State]:
+    """One mixer's `absorb` and `apply`: (y [B, T, D], the state after the chunk)."""
+    y, update = mixer.absorb(x, valid, state)
+    return y, state.apply(update)
 
 
 class MixerConfig(Protocol):

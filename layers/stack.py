@@ -133,65 +133,50 @@ class Stack(nnx.Module):
         return {"blocks": blocks, "tail": [one(block) for block in self.tail]}
 
     def prefill(self, x, valid, state) -> tuple[jax.Array, Any]:
-        """A chunk [B, T, D] of every request; see `layers.mixer`."""
-        blocks, tail = list(state["blocks"]), list(state["tail"])
-        if self.stacked and self.groups:
-            definition, values = nnx.split(self.blocks)
-
-            def body(carry, item):
-                x, blocks = carry
-                group, values = item
-                blocks = list(blocks)
-                for i, block in enumerate(nnx.merge(definition, values)):
-                    x, one = block.prefill(x, valid, blocks[i].at(group))
-                    blocks[i] = blocks[i].put(group, one)
-                return (x, blocks), None
-
-            (x, blocks), _ = jax.lax.scan(
-                body, (x, blocks), (jnp.arange(self.groups), values))
-        for index, i, block in self._list():
-            group = index // self.period
-            if group < self.groups:
-                x, one = block.prefill(x, valid, blocks[i].at(group))
-                blocks[i] = blocks[i].put(group, one)
-            else:
-                x, tail[i] = block.prefill(x, valid, tail[i])
+        """A chunk [B, T, D] of every request: (y, the state after it)."""
+        x, updates = self._incremental(lambda block, x, one: block.absorb(x, valid, one), x, state)
+        blocks = [jax.vmap(lambda one, update: one.apply(update))(one, update)
+                  for one, update in zip(state["blocks"], updates["blocks"], strict=True)]
+        tail = [one.apply(update)
+                for one, update in zip(state["tail"], updates["tail"], strict=True)]
         return x, {"blocks": blocks, "tail": tail}
 
     def step(self, x, tree: Rows, state) -> tuple[jax.Array, Any]:
-        """A tree of rows [B, N, D] of every request; see `layers.mixer`.
+        """A tree of rows [B, N, D] of every request: (y, scratch for `commit`)."""
+        return self._incremental(lambda block, x, one: block.step(x, tree, one), x, state)
 
-        The state is closed over and only read: what the rows add leaves as scratch, written once
-        by `commit` after all layers. (Carrying a cache through a scan copies it per layer.)
+    def _incremental(self, run: Callable, x, state) -> tuple[jax.Array, Any]:
+        """``run(block, x, state of the block) -> (x, added)`` through all layers.
+
+        The state is closed over and only read; what the layers add comes out stacked like it.
         """
-        scratch: dict[str, list] = {"blocks": [], "tail": []}
-        blocks = state["blocks"]
+        blocks, added = state["blocks"], {"blocks": [], "tail": []}
         if self.stacked and self.groups:
             definition, values = nnx.split(self.blocks)
 
             def body(x, item):
                 group, values = item
-                added = []
+                outs = []
                 for i, block in enumerate(nnx.merge(definition, values)):
-                    x, one = block.step(x, tree, blocks[i].at(group))
-                    added.append(one)
-                return x, added
+                    x, one = run(block, x, blocks[i].at(group))
+                    outs.append(one)
+                return x, outs
 
-            x, scratch["blocks"] = jax.lax.scan(body, x, (jnp.arange(self.groups), values))
+            x, added["blocks"] = jax.lax.scan(body, x, (jnp.arange(self.groups), values))
         listed: list[list] = [[] for _ in blocks]
         for index, i, block in self._list():
             group = index // self.period
             if group < self.groups:
-                x, one = block.step(x, tree, blocks[i].at(group))
+                x, one = run(block, x, blocks[i].at(group))
                 listed[i].append(one)
             else:
-                x, one = block.step(x, tree, state["tail"][i])
-                scratch["tail"].append(one)
+                x, one = run(block, x, state["tail"][i])
+                added["tail"].append(one)
         if not self.stacked:
-            scratch["blocks"] = [
+            added["blocks"] = [
                 jax.tree.map(lambda *xs: jnp.stack(xs), *items) for items in listed
             ]
-        return x, scratch
+        return x, added
 
     def commit(self, state, scratch, path, count) -> Any:
         """Keeps the first `count` rows [B] of `path` int32 [B, P] in every layer."""
@@ -256,11 +241,16 @@ def to_stacked(tree: Any) -> Any:
 
 def to_list(tree: Any) -> Any:
     """The inverse of `to_stacked`. Each leaf of the result is an array of its own."""
+    def item(leaf, group):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        return leaf[group]
+
     def convert(node):
         rest = {name: child for name, child in node.items() if name != "blocks"}
         leaves, structure = jax.tree.flatten(node["blocks"])
         count = leaves[0].shape[0] if leaves else 0
-        groups = {str(g): jax.tree.unflatten(structure, [leaf[g] for leaf in leaves])
+        groups = {str(g): jax.tree.unflatten(structure, [item(leaf, g) for leaf in leaves])
                   for g in range(count)}
         return {**rest, "layers": groups}
 

@@ -167,7 +167,7 @@ def lookup(table: jax.Array, ids: jax.Array, *out: str | None) -> jax.Array:
     return constrain(jnp.take(table, ids, axis=0, mode="clip"), *out)
 
 
-def local(op: Callable, *operands: Any, **options: Any) -> Any:
+def local(op: Callable, *operands: Any, rules: Rules | None = None, **options: Any) -> Any:
     """Runs a per-shard op on each device's shards: the project's only ``shard_map``.
 
     It stands outside the op's ``custom_vjp``, so JAX itself sums the gradients of operands that
@@ -178,16 +178,24 @@ def local(op: Callable, *operands: Any, **options: Any) -> Any:
         of its operands and results, which of them may be sharded, and which of them the op
         communicates over (it then takes the mesh axes' names as an option).
       operands: arrays, or None for an operand left out.
+      rules: in place of the ambient ones.
       options: passed to the op as they are.
 
     Raises:
-      ShardingError: the rules shard an axis that the op cannot be sharded on, or a dimension
-        does not divide.
+      ShardingError: the rules shard an axis that the op cannot be sharded on, shard two axes
+        differently that the op needs alike, or a dimension does not divide.
     """
     mesh = ambient_mesh()
     if mesh is None or mesh.size == 1:
         return op(*operands, **options)
-    rules = ambient_rules()
+    rules = ambient_rules() if rules is None else rules
+    for one, other in op.dims.aligned:
+        here, there = rules.mesh_axes(one, mesh), rules.mesh_axes(other, mesh)
+        if here != there:
+            raise ShardingError(
+                f"{op.__name__} needs {one!r} and {other!r} over the same mesh axes, and the rules "
+                f"lay them over {here} and {there}; set rules.{other} to rules.{one}"
+            )
 
     def layout(axes, shape=None):
         for axis in axes:
@@ -202,6 +210,10 @@ def local(op: Callable, *operands: Any, **options: Any) -> Any:
         raise TypeError(f"{op.__name__} takes {len(op.dims.operands)} operands, not {len(operands)}")
     present = [i for i, x in enumerate(operands) if x is not None]
     in_specs = tuple(layout(op.dims.operands[i], operands[i].shape) for i in present)
+    # What stays whole in the operands because it does not divide is whole in the results too.
+    uneven = {axis for i in present
+              for axis in rules.uneven(mesh, op.dims.operands[i], operands[i].shape)}
+    rules = dataclasses.replace(rules, **dict.fromkeys(uneven))
     out_specs = jax.tree.map(
         layout, op.dims.results, is_leaf=lambda n: isinstance(n, tuple) and _axes_only(n)
     )

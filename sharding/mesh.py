@@ -80,9 +80,10 @@ def mesh(text: str = "", devices: Sequence | None = None, *, explicit: bool = Fa
             f"{needed}"
         )
     if needed < len(devices) and len({d.process_index for d in devices}) > 1:
+        grown = ",".join(f"{n}:{-1 if n == next(iter(sizes)) else s}" for n, s in sizes.items())
         raise ShardingError(
             f"mesh {text!r} uses {needed} of {len(devices)} devices; a job of several processes "
-            f"must use all of them, e.g. --mesh={text},data:-1"
+            f"must use all of them, e.g. --mesh={grown}"
         )
     axis_type = AxisType.Explicit if explicit else AxisType.Auto
     shape = tuple(sizes.values())

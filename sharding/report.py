@@ -795,11 +795,11 @@ def _records(data: bytes) -> Iterator[bytes]:
         if len(header) < 40:
             return
         _, size, _, kind, _ = struct.unpack("<5Q", header)
+        if kind & 0xFF not in b"sr" or size > end - position:
+            return  # behind the file's last record
         chunk = take(size)
         if kind & 0xFF == ord("s"):  # the file's signature
             continue
-        if kind & 0xFF != ord("r"):
-            return  # behind the file's last record
         sizes_length, at = _varint(chunk, 1)
         packed = chunk[at + sizes_length:]
         if chunk[0] == ord("s"):

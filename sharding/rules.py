@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.mesh import ShardingError
+from sharding.mesh import AXES, ShardingError
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -37,6 +37,16 @@ class Rules:
     state: MeshAxes = None
     codebook: MeshAxes = None
     channels: MeshAxes = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            names = (value,) if isinstance(value, str) else () if value is None else value
+            if not isinstance(names, tuple) or not all(n in AXES for n in names):
+                raise ShardingError(f"rules.{field.name} is {value!r}; it must be one of {AXES}, "
+                                    "a tuple of them, or None")
+            if len(set(names)) < len(names):
+                raise ShardingError(f"rules.{field.name} is {value!r}; name each mesh axis once")
 
     def mesh_axes(self, axis: str | None, mesh) -> tuple[str, ...]:
         """The mesh axes of more than one device that `axis` is laid over in `mesh`."""

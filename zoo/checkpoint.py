@@ -28,6 +28,7 @@ import operator
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -748,8 +749,8 @@ def _write_manifest(folder: Path, step: int) -> None:
         return int(found[1]) if found else 0
 
     sizes = {
-        name: stat.st_size
-        for name, stat in _files(folder).items()
+        name: info.st_size
+        for name, info in _files(folder).items()
         if owner(name) == process and not _MANIFEST.match(name)
     }
     digests = _digests([folder / name for name in sizes], sync=True)
@@ -815,14 +816,14 @@ def _inspect(
             if (manifest["step"], manifest["process"], manifest["processes"]) != (step, i, count):
                 raise _Damaged(f"{name} is of another checkpoint or process")
             listed |= {path: (size, digest) for path, (size, digest) in manifest["files"].items()}
-        rest = {name: stat for name, stat in found.items() if name not in names}
+        rest = {name: info for name, info in found.items() if name not in names}
         problems = [f"{name} is missing" for name in sorted(listed.keys() - rest.keys())]
         problems += [
             f"{name} does not belong there: remove it"
             for name in sorted(rest.keys() - listed.keys())
         ]
         for name in sorted(listed.keys() & rest.keys()):
-            if not os.path.isfile(folder / name) or os.path.islink(folder / name):
+            if not stat.S_ISREG(rest[name].st_mode):
                 problems.append(f"{name} is not a plain file")
             elif (size := rest[name].st_size) != listed[name][0]:
                 problems.append(f"{name} has {size} bytes instead of {listed[name][0]}")

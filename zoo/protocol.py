@@ -8,6 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.stack import to_list, to_stacked
+
+__all__ = [
+    "Output", "Params", "Rows", "Step", "axes", "cast", "merge", "num_params", "shardings",
+    "split", "to_list", "to_stacked",
+]
+
 Params = dict[str, Any]
 
 

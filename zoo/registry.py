@@ -142,7 +142,8 @@ def _config_classes(cls: type, found: dict[str, type]) -> dict[str, type]:
 
 
 def from_dict(data: Mapping[str, Any]) -> Any:
-    """The inverse of `to_dict`. Raises ValueError for an unknown class or field."""
+    """The inverse of `to_dict`. Raises ValueError for an unknown class, an unknown or missing
+    field, or a value that the config refuses."""
     classes: dict[str, type] = {}
     for family in FAMILIES:
         _config_classes(_family(family)[0], classes)
@@ -158,6 +159,10 @@ def from_dict(data: Mapping[str, Any]) -> Any:
         for field in fields:
             if field not in known:
                 raise ValueError(f"{name} has no field {field!r}{_near(field, known)}")
+        required = {f.name for f in dataclasses.fields(classes[name])
+                    if f.default is dataclasses.MISSING}
+        if missing := sorted(required - fields.keys()):
+            raise ValueError(f"{name} lacks the field {missing[0]!r}; give it a value")
         return classes[name](**fields)
 
     return revive(data)
@@ -209,8 +214,13 @@ def build(
       The model: ``model({"tokens": tokens}).logits``.
 
     Raises:
-      ValueError: unknown name, or sizes that do not divide over the mesh.
+      ValueError: unknown name, a seed or dtype that is none, or sizes that do not divide over
+        the mesh.
     """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; it must be from 0 to 2**32 - 1: take it modulo 2**32")
+    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype is {jnp.dtype(dtype)}; parameters are float32 or bfloat16")
     if isinstance(name_or_config, str):
         name_or_config = config(name_or_config)
     if mesh is None:

@@ -267,9 +267,9 @@ def _threshold(values: jax.Array, weights: jax.typing.ArrayLike, bound: jax.Arra
     """The smallest finite t[..., 1] for which the weights of values above t sum below `bound`.
 
     `values >= t` are then the fewest largest values whose weights reach the bound, ties with
-    the last of them included, or all but -inf where these do not reach it together. Exact: a bisection
-    over the bit patterns of float32 ordered as their values, 32 passes over the values. The
-    sums fall as t grows even after rounding, as every pass adds in the same order.
+    the last of them included, or all but -inf where these do not reach it together. Exact: a
+    bisection over the bit patterns of float32 ordered as their values, 32 passes over the
+    values. The sums fall as t grows even after rounding, as every pass adds in the same order.
     """
 
     def below(t: jax.Array) -> jax.Array:
