@@ -14,12 +14,15 @@ class Dims:
       shardable: the logical axes that may be sharded.
       communicates: logical axis -> the option by which the op takes the mesh axes it is sharded
         over (None where it is whole); only for ops that communicate between shards.
+      aligned: pairs of logical axes whose shards belong together, so that both must be sharded
+        over the same mesh axes.
     """
 
     operands: tuple[tuple[str | None, ...], ...]
     results: object
     shardable: frozenset[str]
     communicates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    aligned: tuple[tuple[str, str], ...] = ()
 
 
 def op(dims: Dims) -> Callable:

@@ -81,7 +81,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class CustomCall:
-    """Calls of code that XLA did not write: Pallas kernels, libraries, the runtime's helpers.
+    """Calls of code that XLA does not generate itself: Pallas kernels and libraries.
 
     Attributes:
       target: "tpu_custom_call", "mosaic_gpu_v2", "__cublas$lt$matmul", ...
@@ -365,18 +365,16 @@ def _mesh_groups(text: str) -> np.ndarray:
     order = re.search(r"device_ids=\((.*?)\) \{", text)
     if order:
         ids = (_iota(order[1]).ravel() if order[1].startswith("[") else np.array(_ints(order[1])))
-    parts: list[list[int]] = []
-    grouped = []
     chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", text[text.rindex("{"):])
     spans = {name: (int(before or 1), int(size or axes[name])) for name, before, size in chosen}
+    shape: list[int] = []
     for name, size in axes.items():
         before, inside = spans.get(name, (size, 1))
-        parts.append([before, inside, size // before // inside])
+        shape += before, inside, size // before // inside
     grouped = [3 * list(axes).index(name) + 1 for name in spans]
-    rest = [i for i in range(3 * len(axes)) if i not in grouped]
+    rest = [i for i in range(len(shape)) if i not in grouped]
     members = math.prod(inside for _, inside in spans.values())
-    cube = ids.reshape([n for part in parts for n in part])
-    return cube.transpose(rest + grouped).reshape(-1, members)
+    return ids.reshape(shape).transpose(rest + grouped).reshape(-1, members)
 
 
 def _custom_calls(raw: dict[tuple[str, str], int]) -> tuple[CustomCall, ...]:
@@ -422,6 +420,11 @@ _COPIES = ("copy", "bitcast", "convert", "reshape", "broadcast", "copy-done", "o
 _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "opt-barrier", "partition-id", "replica-id", "add-dependency", "domain",
+))
+# Custom calls by which the TPU compiler talks to itself; no code stands behind them.
+_BOOKKEEPING = frozenset((
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart",
+    "ConcatBitcast", "GatherScatterIndicesBitpacked",
 ))
 _EM_CUDA = 190  # the machine number of an ELF file with CUDA code
 _RIEGELI = bytes.fromhex("83af70d10d884a3f00000000000000004000000000000000")
@@ -580,17 +583,16 @@ class _Program:
         entry[1] += times * size
 
     def _custom_call(self, i: _Instruction, times: int) -> None:
-        target = re.search(r'custom_call_target="([^"]*)"', i.rest)
-        if not target:
-            return
+        target = _target(i)
         name = ""
-        if target[1] == "tpu_custom_call":
+        if target == "tpu_custom_call":
             name = re.sub(r"\.\d+$", "", i.name)
-        elif target[1].startswith("mosaic_gpu"):
-            scope = re.search(r'op_name="([^"]*)"', i.rest)
-            name = scope[1].split("/")[-2] if scope and scope[1].count("/") else ""
-        key = (target[1], name)
-        self.custom_calls[key] = self.custom_calls.get(key, 0) + times
+        elif target.startswith("mosaic_gpu"):
+            scope = re.search(r'op_name="[^"]*?([^"/]*)/[^"/]*"', i.rest)
+            name = scope[1] if scope else ""
+        if target not in _BOOKKEEPING:
+            key = (target, name)
+            self.custom_calls[key] = self.custom_calls.get(key, 0) + times
 
     def _trip_count(self, name: str, loop: _Instruction) -> int | None:
         """How often a while loop in computation `name` runs; None if that is not a constant."""
@@ -675,8 +677,8 @@ class _Program:
             return self._written(called, _result(i)) + sum(
                 self._read(called, number, operand.shape) for number, operand in enumerate(operands)
             )
-        if i.opcode == "custom-call" and "custom_call_target=\"A" in i.rest:
-            return 0  # AllocateBuffer, AssumeGatherIndicesInBound: bookkeeping
+        if i.opcode == "custom-call" and _target(i) in _BOOKKEEPING:
+            return 0
         if i.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * _bytes(i.shape, hbm_only=True)
         if i.opcode == "dynamic-update-slice":
@@ -756,9 +758,14 @@ def _channel(i: _Instruction) -> str:
     return found[1] if found else i.name
 
 
+def _target(i: _Instruction) -> str:
+    found = re.search(r'custom_call_target="([^"]*)"', i.rest)
+    return found[1] if found else ""
+
+
 def _starts(body: dict[str, _Instruction]) -> bool:
     """Whether a fused computation begins a collective that later fusions carry on."""
-    return any(i.opcode == "custom-call" and '"AsyncCollectiveStart"' in i.rest
+    return any(i.opcode == "custom-call" and _target(i) == "AsyncCollectiveStart"
                for i in body.values())
 
 

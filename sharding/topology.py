@@ -272,7 +272,7 @@ def _devices(topology: Topology) -> tuple[Any, ...]:
         if isinstance(error, JaxRuntimeError):
             first = str(error).partition("\n")[0]
             raise ShardingError(f"topology {topology.name!r}: the compiler says {first}") from None
-        wheels = "libtpu" if topology.platform == "tpu" else "jax's CUDA 13 plugin and cuDNN"
+        wheels = "libtpu" if topology.platform == "tpu" else "jax's CUDA 13 plugin"
         raise ShardingError(
             f"topology {topology.name!r} needs the compiler in {wheels}, which is not installed or "
             "does not load; install it with: pip install 'parazoo[aot]'"

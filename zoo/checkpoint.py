@@ -50,7 +50,7 @@ _META, _ARRAYS = "meta.json", "arrays"
 _OWNER = re.compile(_ARRAYS + r"/ocdbt\.process_(\d+)/")
 _HASH_THREADS = 8  # hashlib releases the GIL
 _TIMEOUT_MS = 2 * 3600 * 1000  # a dead process is noticed by jax.distributed long before this
-_SHOWN = 20  # problems listed in one message
+_SHOWN = 50  # problems listed in one message
 _blake2b = functools.partial(hashlib.blake2b, digest_size=16)
 _calls = itertools.count()  # names the barriers; in step on all processes, whose calls are the same
 
@@ -167,7 +167,7 @@ class Checkpointer:
             for write in writes:  # another process failed: let ours end before the files go
                 with suppress(Exception):
                     write.result()
-            _on_first(shutil.rmtree, folder, ignore_errors=True)()
+            _on_first(_remove, folder)()
             raise _explain(error, step, self._directory, nbytes) from error
         self._pending = self._thread.submit(self._commit, tag, step, folder, writes, nbytes)
         if wait:
@@ -217,7 +217,7 @@ class Checkpointer:
         Raises:
           FileNotFoundError: if there is no such step, or none that verifies.
           ValueError: if the step is damaged or of a newer format, or if paths, shapes or dtypes
-            differ; all differences are listed.
+            differ; one error lists the differences.
         """
         if self._pending is not None:
             concurrent.futures.wait([self._pending])  # its error is for `wait`
@@ -230,7 +230,6 @@ class Checkpointer:
             try:
                 self._verify(step)
             except _Damaged as error:
-                self._damaged.add(step)
                 raise ValueError(
                     f"step {step} in {self._directory} is damaged and cannot be restored: {error}; "
                     "give no step to use the newest whole one"
@@ -289,7 +288,7 @@ class Checkpointer:
             _together(f"{tag}/manifest", lambda: _write_manifest(folder, step))
             _together(f"{tag}/publish", _on_first(self._publish, step, folder))
         except Exception as error:
-            _on_first(shutil.rmtree, folder, ignore_errors=True)()
+            _on_first(_remove, folder)()
             explained = _explain(error, step, self._directory, nbytes)
             _LOG.error("%s", explained)  # now; `wait` raises it perhaps much later
             raise explained from error
@@ -317,14 +316,15 @@ class Checkpointer:
     def _verify(self, step: int) -> None:
         """Reads every file of a step, each process its share; raises the same on all of them."""
         folder, tag = self._directory / _step_name(step), f"checkpoint/{next(_calls)}"
-        state = {
-            name: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-            for name, s in _files(folder).items()
-        }
-        known = self._verified == (step, state)
+        state = error = None
+        with suppress(OSError):
+            state = {
+                name: (s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+                for name, s in _files(folder).items()
+            }
+        known = state is not None and self._verified == (step, state)
         if not _gather(f"{tag}/unknown", None if known else "unknown"):
             return
-        error = None
         try:
             _inspect(folder, step, share=(jax.process_index(), jax.process_count()))
         except (_Damaged, _NewerFormat) as e:
@@ -343,7 +343,7 @@ def read_meta(directory: str | os.PathLike, step: int | None = None) -> dict:
     """The `meta` a step was saved with, without its arrays.
 
     With no step, the newest that verifies byte for byte; a step that is given is checked as far
-    as its manifests and this one file go.
+    as its manifests and this one file go, which is enough for one that `latest` gave.
 
     Raises:
       FileNotFoundError: if there is no such step, or none that verifies.
@@ -567,7 +567,7 @@ def _specs(header: dict) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 
 
 def _check_match(folder: Path, stored: dict, wanted: dict[str, Any]) -> None:
-    """Raises one ValueError that lists every difference between checkpoint and target."""
+    """Raises one ValueError about all differences between checkpoint and target."""
     tops = {path.split("/")[0] for path in wanted}
     spare = [p for p in stored if p not in wanted and p.split("/")[0] in tops]
     absent = [path for path in wanted if path not in stored]
@@ -734,8 +734,9 @@ def _write_file(path: Path, data: bytes) -> None:
 
 
 def _begin(folder: Path, header: bytes) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)  # left by a failed save of the same step
+    _remove(folder)  # left by a failed save of the same step
+    if os.path.lexists(folder):
+        raise FileExistsError(errno.EEXIST, f"{folder} holds files of others: move it away")
     (folder / _ARRAYS).mkdir(parents=True)
     _write_file(folder / _META, header)
 
@@ -846,6 +847,8 @@ def _inspect(
 def _remove(folder: Path) -> None:
     """Deletes a step directory, out of sight first; leaves what this module did not make."""
     known = re.compile(rf"({_META}|{_ARRAYS}|{_MANIFEST.pattern})(\.part)?")
+    if not os.path.lexists(folder):
+        return
     try:
         if not _LEFTOVER.fullmatch(folder.name):
             hidden = folder.with_name(f"{folder.name}.deleted-{time.time_ns()}")

@@ -19,6 +19,7 @@ DIMS = Dims(
     ),
     results=("batch", None, "heads", None),
     shardable=frozenset({"batch", "heads", "kv_heads"}),
+    aligned=(("heads", "kv_heads"),),
 )
 
 

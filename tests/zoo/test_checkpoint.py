@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back; what is damaged, half-made or foreign is never loaded."""
 
 import asyncio
+import hashlib
 import json
 import os
 import pathlib
@@ -246,20 +247,35 @@ def link(step):
     file.symlink_to(step.parent / "elsewhere")
 
 
+def shorten(step):
+    file = next(p for p in (step / "arrays").rglob("d/*"))
+    os.truncate(file, file.stat().st_size - 1)
+
+
 @pytest.mark.parametrize(
-    "damage",
-    [empty, drop_manifest, claim_two_processes, add_file, swap_data, copy_other_step, link],
+    ("damage", "reason"),
+    [
+        (empty, "it has no manifest"),
+        (drop_manifest, "it has no manifest"),
+        (claim_two_processes, "is not one manifest for each of 2 processes"),
+        (add_file, "arrays/d/more does not belong there"),
+        (swap_data, "is missing"),
+        (copy_other_step, "is of another checkpoint"),
+        (link, "is not a plain file"),
+        (shorten, "bytes instead of"),
+    ],
 )
-def test_other_damage_is_found(tmp_path, damage):
+def test_other_damage_is_found(tmp_path, caplog, damage, reason):
     with Checkpointer(tmp_path, keep_last=2) as checkpointer:
         save(checkpointer, 1, 2)
         damage(tmp_path / "step_00000002")
+        assert checkpointer.steps() == [1]
         assert restored_step(checkpointer) == 1
-        with pytest.raises(ValueError, match="step 2 .* is damaged"):
+        assert reason in caplog.text
+        with pytest.raises(ValueError, match=f"step 2 .* is damaged: .*{reason}"):
             read_meta(tmp_path, 2)
         assert read_meta(tmp_path) == {"step": 1}
-        # The whole step is not deleted in favour of the damaged one, which can be saved anew.
-        save(checkpointer, 3)
+        save(checkpointer, 3)  # the damaged one does not count as kept
         assert checkpointer.steps() == [1, 3]
         assert (tmp_path / "step_00000002").exists()
 
@@ -277,8 +293,6 @@ def test_a_damaged_step_is_replaced_and_a_whole_one_is_not(tmp_path, caplog):
 
 
 def test_a_newer_format_is_refused_and_kept(tmp_path):
-    import hashlib
-
     with Checkpointer(tmp_path, keep_last=1) as checkpointer:
         save(checkpointer, 1)
         manifest = tmp_path / "step_00000001" / "manifest-00000-of-00001.json"
@@ -349,6 +363,9 @@ def test_only_leftovers_of_its_own_are_removed(tmp_path, caplog):
         assert "step_00000009.unfinished is left" in caplog.text
         save(checkpointer, 1)
         assert restored_step(checkpointer) == 1
+        with pytest.raises(FileExistsError, match="step_00000009.unfinished holds files of others"):
+            save(checkpointer, 9)
+        assert all((tmp_path / name).exists() for name in foreign)
 
 
 def test_full_disk(tmp_path):

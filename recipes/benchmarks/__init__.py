@@ -1,0 +1,1 @@
+"""The suites of `recipes.bench`, and the peers they are measured against."""

@@ -1,0 +1,213 @@
+"""The lm suite: training and greedy decoding of a Llama, against a peer with the same weights."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save_file
+
+import sharding
+import zoo
+from recipes.optimizer import Optimizer
+from recipes.tasks import lm as lm_task
+from recipes.training import Program, make_step
+
+PROMPT_TOKENS = 32
+LEARNING_RATE = 1e-4
+# Time for the other side's threads to fall asleep before a measurement.
+PAUSE_SECONDS = 0.5
+
+
+class _Peer:
+    """A peer in a process of its own, which answers one JSON line with one JSON line."""
+
+    def __init__(self, module: str, request: dict[str, Any]):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+        self.ready = self.ask(request)
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"the peer ended with status {self.process.wait()}; it needs the extra parity: "
+                "pip install 'parazoo[parity]'")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"the peer cannot run: {answer['error']}")
+        return answer["result"]
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def _hugging_face(config: Any, params: dict) -> tuple[dict, dict[str, np.ndarray]]:
+    """(LlamaConfig arguments, state dict) of this project's Llama."""
+    a, d = config.attention, config.width
+    blocks = zoo.protocol.to_stacked(params)["stack"]["blocks"]["0"]
+    state = {"model.embed_tokens.weight": params["embed"]["table"],
+             "model.norm.weight": params["norm"]["scale"]}
+    if not config.tie_embeddings:
+        state["lm_head.weight"] = params["head"].T
+    for i in range(config.num_layers):
+        layer = jax.tree.map(lambda x, i=i: np.asarray(x[i]), blocks)
+        mixer, mlp = layer["mixer"], layer["mlp"]
+        prefix = f"model.layers.{i}."
+        for name, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+            state[f"{prefix}self_attn.{name}_proj.weight"] = (
+                mixer[ours]["kernel"].reshape(d, -1).T)
+        state[prefix + "self_attn.o_proj.weight"] = mixer["out"]["kernel"].reshape(-1, d).T
+        for name in ("gate", "up", "down"):
+            state[f"{prefix}mlp.{name}_proj.weight"] = mlp[name]["kernel"].T
+        state[prefix + "input_layernorm.weight"] = layer["mixer_norm"]["scale"]
+        state[prefix + "post_attention_layernorm.weight"] = layer["mlp_norm"]["scale"]
+    arguments = {
+        "vocab_size": config.vocab_size, "hidden_size": d,
+        "intermediate_size": config.mlp.hidden, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": a.num_heads, "num_key_value_heads": a.num_kv_heads,
+        "head_dim": a.head_dim, "rms_norm_eps": config.norm.eps,
+        "max_position_embeddings": config.max_length, "rope_theta": a.rope.theta,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    return arguments, {k: np.ascontiguousarray(v, np.float32) for k, v in state.items()}
+
+
+def _batch(config: Any, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, seq_len + 1))
+    shape = (batch_size, seq_len)
+    return {
+        "tokens": tokens[:, :-1].astype(np.int32), "labels": tokens[:, 1:].astype(np.int32),
+        "segment_ids": np.ones(shape, np.int32), "weights": np.ones(shape, np.float32),
+        "positions": np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape).copy(),
+    }
+
+
+class _Ours:
+    """This project's side, in this process."""
+
+    def __init__(self, config: Any, batch_size: int, seq_len: int):
+        self.config = config
+        self.mesh = sharding.mesh("data:1", jax.devices()[:1])
+        self.rules = sharding.rules("dp")
+        optimizer = Optimizer("adamw", LEARNING_RATE, schedule="constant", warmup_steps=0)
+        self.program = Program(config, self.mesh, self.rules, lm_task.make_loss(0.0), optimizer)
+        with sharding.use(self.mesh, self.rules):
+            self.step = make_step(self.program)
+            self.state = self.program.init()
+        # Decoding has weights of its own: a training step gives its buffers away.
+        self.model = zoo.build(config, self.program.seed, self.mesh, self.rules)
+        self.batch = jax.device_put(_batch(config, batch_size, seq_len),
+                                    self.program.batch_sharding)
+        self.count = 0
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        with sharding.use(self.mesh, self.rules):
+            return np.asarray(self.model({"tokens": tokens}).logits)
+
+    def train(self, steps: int) -> float:
+        started = time.perf_counter()
+        with sharding.use(self.mesh, self.rules):
+            for _ in range(steps):
+                signals = jax.device_put(np.array([[self.count, 0]], np.int32))
+                self.state, metrics = self.step(self.state, self.batch, signals)
+                self.count += 1
+            jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - started
+
+    def decode(self, batch: int, new_tokens: int) -> float:
+        prompts = [list(range(1, PROMPT_TOKENS + 1))] * batch
+        started = time.perf_counter()
+        result = zoo.generate(self.model, prompts, new_tokens)
+        assert all(len(tokens) == new_tokens for tokens in result.tokens)
+        return time.perf_counter() - started
+
+
+def run(*, model: str, overrides: dict, peer: str | None, rounds: int, batch_size: int,
+        seq_len: int, train_steps: int, decode_batches: list[int], new_tokens: int
+        ) -> dict[str, Any]:
+    """Times both sides in turn and prints a table; see `recipes.bench`.
+
+    Returns the settings and, per job, each side's tokens per second and their ratio.
+    Raises RuntimeError where the peer cannot run or its logits differ.
+    """
+    config = zoo.config(model, **overrides)
+    ours = _Ours(config, batch_size, seq_len)
+    console = Console()
+    jobs = {"train": batch_size * seq_len * train_steps}
+    jobs |= {f"decode x{b}": b * new_tokens for b in decode_batches}
+    modes: dict[str, list[str]] = {job: [] for job in jobs}
+    other = None
+    if peer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments, state = _hugging_face(config, zoo.protocol.split(ours.model)[1])
+            weights = Path(folder) / "weights.safetensors"
+            save_file(state, weights)
+            other = _Peer(f"recipes.benchmarks.peer_{peer}", {
+                "config": arguments, "weights": str(weights), "threads": os.cpu_count(),
+                "batch_size": batch_size, "seq_len": seq_len, "learning_rate": LEARNING_RATE,
+                "prompt_tokens": PROMPT_TOKENS})
+        tokens = np.arange(1, 65, dtype=np.int32).reshape(2, 32) % config.vocab_size
+        difference = float(np.abs(ours.logits(tokens)
+                                  - np.array(other.ask({"do": "logits",
+                                                        "tokens": tokens.tolist()}))).max())
+        console.print(f"logits agree with {peer} to {difference:.1e}")
+        if difference > 1e-4:
+            raise RuntimeError(f"logits differ from {peer}'s by {difference:.2e}, over 1e-4; "
+                               "timings would compare different models")
+        modes = {job: other.ready["train" if job == "train" else "decode"] for job in jobs}
+
+    def measure(job: str, mode: str | None) -> float:
+        time.sleep(PAUSE_SECONDS)
+        batch = int(job.rpartition("x")[2]) if job != "train" else 0
+        if mode is None:
+            return ours.train(train_steps) if job == "train" else ours.decode(batch, new_tokens)
+        assert other is not None
+        if job == "train":
+            return other.ask({"do": "train", "mode": mode, "steps": train_steps})
+        return other.ask({"do": "decode", "mode": mode, "batch": batch,
+                          "new_tokens": new_tokens})
+
+    table = Table("job", "parazoo tokens/s", "peer tokens/s", "peer's mode", "ratio",
+                  title=f"{model}, {zoo.protocol.num_params(ours.model) / 1e6:.1f}M parameters, "
+                        f"float32, median of {rounds} interleaved rounds")
+    results: dict[str, Any] = {}
+    for job, count in jobs.items():
+        sides: list[str | None] = [None, *modes[job]]
+        for side in sides:
+            measure(job, side)  # Compiles and warms up.
+        seconds: dict[str | None, list[float]] = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side in sides:
+                seconds[side].append(measure(job, side))
+        speed = {side: count / statistics.median(times) for side, times in seconds.items()}
+        best = max(modes[job], key=lambda side: speed[side], default=None)
+        results[job] = {
+            "parazoo": speed[None],
+            "peer": {side: speed[side] for side in modes[job]},
+            "ratio": speed[None] / speed[best] if best else None,
+            "seconds": {side or "parazoo": times for side, times in seconds.items()},
+        }
+        table.add_row(job, f"{speed[None]:.1f}", f"{speed[best]:.1f}" if best else "-",
+                      best or "-", f"{results[job]['ratio']:.2f}" if best else "-")
+    console.print(table)
+    if other is not None:
+        other.close()
+    return {"suite": "lm", "model": model, "peer": peer, "rounds": rounds,
+            "batch_size": batch_size, "seq_len": seq_len, "new_tokens": new_tokens,
+            "results": results}

@@ -1,0 +1,91 @@
+"""Hugging Face transformers as a peer of the lm suite: a process that answers JSON lines.
+
+The first line it reads describes the model; its answer lists the modes it can be timed in.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+
+def _serve() -> None:
+    answers = sys.stdout
+    sys.stdout = sys.stderr  # Libraries print; the answers stay clean.
+
+    def reply(**answer: Any) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    try:
+        peer = _Transformers(json.loads(sys.stdin.readline()))
+        reply(result={"train": ["eager", "compiled"],
+                      "decode": ["dynamic cache", "static cache, compiled"]})
+        for line in sys.stdin:
+            request = json.loads(line)
+            reply(result=getattr(peer, request.pop("do"))(**request))
+    except Exception as error:
+        reply(error=f"{type(error).__name__}: {error}")
+        raise
+
+
+class _Transformers:
+    def __init__(self, setup: dict[str, Any]):
+        import torch
+        import transformers
+        from safetensors.torch import load_file
+
+        torch.set_num_threads(setup["threads"])
+        self.torch, self.prompt_tokens = torch, setup["prompt_tokens"]
+
+        def make():
+            config = transformers.LlamaConfig(
+                **setup["config"], attention_bias=False, use_cache=True)
+            model = transformers.LlamaForCausalLM(config)
+            missing, unexpected = model.load_state_dict(load_file(setup["weights"]), strict=False)
+            missing = [name for name in missing if name != "lm_head.weight"
+                       or not config.tie_word_embeddings]
+            if missing or unexpected:
+                raise ValueError(f"missing {missing}, unexpected {unexpected}")
+            return model
+
+        self.model = make().eval()
+        shape = (setup["batch_size"], setup["seq_len"])
+        self.batch = torch.randint(0, setup["config"]["vocab_size"], shape)
+        self.trained = {}
+        for mode in ("eager", "compiled"):
+            model = make().train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=setup["learning_rate"],
+                                          fused=True)
+            call = torch.compile(model) if mode == "compiled" else model
+            self.trained[mode] = (model, call, optimizer)
+
+    def logits(self, tokens: list[list[int]]) -> list:
+        with self.torch.no_grad():
+            return self.model(self.torch.tensor(tokens)).logits.tolist()
+
+    def train(self, mode: str, steps: int) -> float:
+        model, call, optimizer = self.trained[mode]
+        started = time.perf_counter()
+        for _ in range(steps):
+            loss = call(input_ids=self.batch, labels=self.batch, use_cache=False).loss
+            loss.backward()
+            self.torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - started
+
+    def decode(self, mode: str, batch: int, new_tokens: int) -> float:
+        ids = self.torch.arange(1, self.prompt_tokens + 1)[None].repeat(batch, 1)
+        # Static caches are what transformers compiles the forward pass for.
+        extra = {"cache_implementation": "static"} if mode.startswith("static") else {}
+        started = time.perf_counter()
+        with self.torch.no_grad():
+            out = self.model.generate(
+                ids, attention_mask=self.torch.ones_like(ids), max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **extra)
+        assert out.shape[1] == self.prompt_tokens + new_tokens
+        return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,134 @@
+"""Continues prompts with a trained model.
+
+  python -m recipes.decode --checkpoint=runs/a --prompt='def '
+  python -m recipes.decode --checkpoint=runs/a --prompt='import ' --temperature=0.8 --seed=1
+
+--checkpoint is a training run's workdir. Several --prompt flags are decoded as one batch. Text
+appears as it is generated; --json prints one object a prompt instead.
+"""
+
+import codecs
+import json
+import sys
+import time
+
+from absl import flags
+
+import sharding
+import zoo
+from recipes import command
+from recipes.training import load_model
+from zoo.decode import stop
+
+with command.group("Model"):
+    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training run's workdir.")
+    STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default the newest whole one.")
+    DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
+                              "To cast the parameters to; default as they were trained.")
+    MESH = flags.DEFINE_string("mesh", "", "Mesh of devices, as in data:2,tensor:4; default one "
+                               "device.")
+    RULES = flags.DEFINE_enum("rules", "fsdp_tp", sorted(sharding.RULES),
+                              "How the mesh is used.")
+with command.group("Text"):
+    PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat it for a batch.")
+    PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file whose text is a prompt, too.")
+    MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to add at most.")
+    STOP = flags.DEFINE_multi_string(
+        "stop", [], "Text that ends the output, and is left out of it; repeat it for several.")
+    JSON = flags.DEFINE_bool("json", False, "Print one JSON object a prompt: text, tokens, "
+                             "log-probabilities, and why it ended.")
+with command.group("Sampling"):
+    TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token always.")
+    TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from the k likeliest tokens; 0: from all.")
+    TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the likeliest tokens of this mass.")
+    MIN_P = flags.DEFINE_float("min_p", 0.0, "Drop tokens less likely than this times the top.")
+    PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Over 1 makes repeats less likely.")
+    SEED = flags.DEFINE_integer("seed", 0, "Of the draws; prompt i of a batch uses seed + i.")
+
+
+class _Printer:
+    """Prints one prompt's continuation piece by piece, holding back what may be a stop text."""
+
+    def __init__(self, stops: list[str], pieces: list[bytes]):
+        self.stops = [s.encode() for s in stops]
+        self.pieces, self.text, self.shown = pieces, b"", 0
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, tokens: list[int]) -> None:
+        self.text += b"".join(self.pieces[t] for t in tokens)
+        self._show(len(self.text) - max((len(s) for s in self.stops), default=1) + 1)
+
+    def finish(self) -> None:
+        self._show(len(self.text), final=True)
+        print(flush=True)
+
+    def _show(self, end: int, final: bool = False) -> None:
+        end = min(end, stop.cut(self.text, self.stops) if self.stops else end)
+        if end > self.shown or final:
+            text = self.decoder.decode(self.text[self.shown : max(end, self.shown)], final)
+            print(text, end="", flush=True)
+            self.shown = max(end, self.shown)
+
+
+def main() -> None:
+    """Decodes what the flags say."""
+    if CHECKPOINT.value is None:
+        raise ValueError("--checkpoint is missing; give the workdir of a training run, e.g. "
+                         "--checkpoint=runs/a")
+    texts = list(PROMPT.value or [])
+    if PROMPT_FILE.value:
+        with open(PROMPT_FILE.value, encoding="utf-8") as file:
+            texts.append(file.read())
+    if not texts:
+        raise ValueError("there is nothing to continue; give --prompt=TEXT or --prompt_file=FILE")
+    mesh = sharding.mesh(MESH.value) if MESH.value else None
+    rules = sharding.rules(RULES.value)
+    model, tokenizer, _ = load_model(CHECKPOINT.value, mesh, rules, DTYPE.value, STEP.value)
+    prompts = [tokenizer.encode(text) for text in texts]
+    for text, ids in zip(texts, prompts, strict=True):
+        if not ids and tokenizer.bos_id is None:
+            raise ValueError(f"prompt {text!r} holds no token; write at least one character")
+        if not ids:
+            ids.append(tokenizer.bos_id)
+    pieces = tokenizer.token_bytes()
+    pieces += [b""] * (model.config.vocab_size - len(pieces))
+    options = {
+        "temperature": TEMPERATURE.value, "top_k": TOP_K.value, "top_p": TOP_P.value,
+        "min_p": MIN_P.value, "repetition_penalty": PENALTY.value,
+        "seed": [SEED.value + i for i in range(len(prompts))],
+        "stop_tokens": [] if tokenizer.eos_id is None else [tokenizer.eos_id],
+        "stop_strings": STOP.value, "token_bytes": pieces,
+    }
+    started = time.perf_counter()
+    total = [0] * len(prompts)
+    if JSON.value:
+        result = zoo.generate(model, prompts, MAX_NEW_TOKENS.value, **options)
+        for text, tokens, log_probs, finished in zip(
+                texts, result.tokens, result.log_probs, result.finished, strict=True):
+            added = b"".join(pieces[t] for t in tokens)
+            added = added[: stop.cut(added, STOP.value)] if STOP.value else added
+            print(json.dumps({"prompt": text, "text": added.decode("utf-8", "replace"),
+                              "tokens": tokens, "log_probs": log_probs,
+                              "ended_by": "stop" if finished else "length"}))
+        total = [len(tokens) for tokens in result.tokens]
+    else:
+        printers = [_Printer(STOP.value, pieces) for _ in prompts]
+        print(texts[0], end="", flush=True)
+        # The first prompt's text appears as it comes; the others' after it, each whole.
+        rest: list[list[int]] = [[] for _ in prompts]
+        for piece in zoo.stream(model, prompts, MAX_NEW_TOKENS.value, **options):
+            printers[0].add(piece.tokens[0])
+            for i, tokens in enumerate(piece.tokens):
+                rest[i] += tokens
+        printers[0].finish()
+        for text, printer, tokens in zip(texts[1:], printers[1:], rest[1:], strict=True):
+            print(f"\n{text}", end="")
+            printer.add(tokens)
+            printer.finish()
+        total = [len(tokens) for tokens in rest]
+    seconds = time.perf_counter() - started
+    print(f"{sum(total)} tokens in {seconds:.1f} s, compilation included", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command.run(main)

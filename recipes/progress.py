@@ -1,0 +1,112 @@
+"""What a run shows while it trains: one live line on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+import jax
+
+from sharding.topology import CHIPS
+
+# What jax calls a device -> a key of sharding.topology.CHIPS.
+_CHIPS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200", "NVIDIA B200": "b200",
+}
+
+
+def peak_flops(mesh: jax.sharding.Mesh) -> float | None:
+    """Peak dense bfloat16 FLOP/s of a mesh's devices together, or None where it is not known."""
+    name = _CHIPS.get(mesh.devices.flat[0].device_kind)
+    if name is None:
+        return None
+    return mesh.size * CHIPS[name].bf16_flops / CHIPS[name].devices
+
+
+class Clock:
+    """Time spent in steps, and what follows from it.
+
+    Evaluations, checkpoints and the first step, which compiles, are left out of the speed.
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_step: float, peak: float | None):
+        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak
+        self.began = self._mark = time.monotonic()
+        self._steps = self._seconds = 0.0
+
+    def resume(self) -> None:
+        """What follows are steps again."""
+        self._mark = time.monotonic()
+
+    def count(self, steps: int) -> None:
+        """So many steps are done since the last `count` or `resume`."""
+        now = time.monotonic()
+        # About the last 50 steps count, so that a machine that slows down is seen to.
+        keep = max(0.0, 1.0 - steps / 50)
+        self._steps = keep * self._steps + steps
+        self._seconds = keep * self._seconds + now - self._mark
+        self._mark = now
+
+    def times(self) -> dict[str, float]:
+        """seconds since the start and, once known, tokens_per_second and mfu."""
+        found = {"seconds": time.monotonic() - self.began}
+        if self._seconds:
+            speed = self._steps / self._seconds
+            found["tokens_per_second"] = speed * self._tokens
+            if self._peak:
+                found["mfu"] = speed * self._flops / self._peak
+        return found
+
+    def remaining(self, steps: int) -> float | None:
+        """Seconds that so many steps take at the present speed, or None where it is unknown."""
+        return steps * self._seconds / self._steps if self._steps else None
+
+
+class Line:
+    """Shows the progress of a run to `steps`; one process' work."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+        self._live = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            self._live = Progress(BarColumn(None), MofNCompleteColumn(),
+                                  TextColumn("{task.description}"), expand=True)
+            self._bar = self._live.add_task("compiling", total=steps)
+            self._live.start()
+
+    def say(self, text: str) -> None:
+        """Prints a line that stays."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)
+
+    def show(self, step: int, numbers: dict[str, Any], times: dict[str, float],
+             remaining: float | None) -> None:
+        """Shows where the run stands after `step` steps."""
+        parts = [f"loss {numbers['loss']:.4f}", f"norm {numbers['grad_norm']:.2f}"]
+        if "tokens_per_second" in times:
+            parts.append(f"{times['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in times:
+            parts.append(f"MFU {100 * times['mfu']:.1f}%")
+        if remaining is not None:
+            parts.append(f"ETA {_duration(remaining)}")
+        if self._live is not None:
+            self._live.update(self._bar, completed=step, description="  ".join(parts))
+        else:
+            width = len(str(self._steps))
+            print(f"step {step:{width}d}/{self._steps}", *parts, sep="  ", flush=True)
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self._live is not None:
+            self._live.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,48 @@
+"""Tasks: what a model is trained on and for. The loop is the same for all."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+# One global batch -> its (sum of losses, weight, statistics), by the model as it stands.
+Measure = Callable[[Batch], tuple[float, float, dict[str, float]]]
+
+
+class Task(Protocol):
+    """What the loop asks of a task.
+
+    Attributes:
+      tokens_per_step: what throughput counts.
+      flops_per_step: of forward and backward together, for the MFU.
+    """
+
+    tokens_per_step: int
+    flops_per_step: float
+
+    def batch(self, step: int, rows: np.ndarray) -> Batch:
+        """The given rows of a step's global batch: a pure function of its arguments."""
+
+    def ids(self, step: int) -> list[int]:
+        """Which examples a step's batch holds, in order."""
+
+    def loss(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None, train: bool
+             ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """(sum, weight, statistics as weighted sums). Traced; microbatches add all three."""
+
+    def evaluate(self, measure: Measure, final: bool) -> dict[str, float]:
+        """Held-out metrics by name. The last evaluation of a run is the `final` one."""
+
+    def draw(self, folder: Path, records: list[Mapping[str, Any]]) -> None:
+        """Writes pictures of the run, whose metrics.jsonl reads as `records`."""
+
+    def summarize(self, metrics: Mapping[str, float]) -> str:
+        """The final evaluation in a few words."""
+
+    def describe(self) -> dict[str, Any]:
+        """What of the task a run's result depends on, as JSON."""
+
+

@@ -1,0 +1,218 @@
+"""Attention against its float64 definition, and on eight devices against one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+from pallas_kernels.attention import attention, reference, xla
+from sharding import Rules
+from tests.tiny import MESH
+from tests.tolerances import assert_close
+
+NAMES = ("query", "key", "value")
+
+
+def operands(b, t, h, g, k, v, *, s=None, segments=False, seed=0):
+    """Queries, keys, values and a cotangent in float64; segment ids, padding among them."""
+    rng = np.random.default_rng(seed)
+    s = t if s is None else s
+    arrays = [rng.normal(size=x) for x in ((b, t, h, k), (b, s, g, k), (b, s, g, v), (b, t, h, v))]
+    ids = None
+    if segments:
+        ids = np.sort(rng.integers(1, 4, (b, t)), axis=1).astype(np.int32)
+        ids[:, t - t // 4 :] = 0
+    return arrays, ids
+
+
+def results(function, arrays, ids, dtype=jnp.float32):
+    """Value and gradients of `function(q, k, v, ids, ids)` for the cotangent that comes last."""
+    q, k, v, cotangent = (jnp.asarray(x, dtype) for x in arrays)
+    ids = None if ids is None else jnp.asarray(ids)
+
+    @jax.jit
+    def run(q, k, v, cotangent):
+        out, pull = jax.vjp(lambda *x: function(*x, ids, ids), q, k, v)
+        return {"value": out, **dict(zip(NAMES, pull(cotangent), strict=True))}
+
+    return jax.device_get(run(q, k, v, cotangent))
+
+
+def expected(arrays, ids, **options):
+    options = {"causal": True, "window": None, "softcap": None, **options}
+    with jax.enable_x64(True):
+        return results(
+            functools.partial(reference.attention, **options), arrays, ids, jnp.float64)
+
+
+CASES = {
+    "multi-head": ({"b": 2, "t": 7, "h": 3, "g": 3, "k": 4, "v": 4}, {}),
+    "grouped": ({"b": 2, "t": 9, "h": 6, "g": 2, "k": 4, "v": 4}, {}),
+    "multi-query, values wider": ({"b": 1, "t": 8, "h": 4, "g": 1, "k": 4, "v": 6}, {}),
+    "window": ({"b": 2, "t": 13, "h": 4, "g": 2, "k": 4, "v": 3}, {"window": 4}),
+    "window of one": ({"b": 1, "t": 5, "h": 2, "g": 2, "k": 4, "v": 4}, {"window": 1}),
+    "softcap, segments": (
+        {"b": 3, "t": 11, "h": 4, "g": 2, "k": 4, "v": 4, "segments": True}, {"softcap": 1.5}),
+    "window, segments": (
+        {"b": 2, "t": 14, "h": 2, "g": 1, "k": 4, "v": 5, "segments": True}, {"window": 3}),
+    "all keys": ({"b": 2, "t": 5, "s": 9, "h": 4, "g": 2, "k": 4, "v": 3}, {"causal": False}),
+    "one token": ({"b": 1, "t": 1, "h": 2, "g": 1, "k": 4, "v": 4}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_its_definition(name):
+    shapes, options = CASES[name]
+    arrays, ids = operands(**shapes)
+    options = {"scale": shapes["k"] ** -0.5, **options}
+    op = functools.partial(attention, **options)
+    assert_close(results(op, arrays, ids), expected(arrays, ids, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 5}, {"window": 21, "softcap": 2.0}, {"causal": False}],
+    ids=str,
+)
+def test_many_blocks(monkeypatch, options):
+    """Odd lengths over blocks of 8 rows, windows within a block and over several."""
+    monkeypatch.setattr(xla, "BLOCK_ROWS", 8)
+    arrays, ids = operands(2, 45, 4, 2, 4, 3, segments=True)
+    op = functools.partial(attention, scale=0.5, **options)
+    assert_close(results(op, arrays, ids), expected(arrays, ids, scale=0.5, **options))
+
+
+def test_number_of_blocks_is_bounded(monkeypatch):
+    monkeypatch.setattr(xla, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(xla, "MAX_BLOCKS", 4)
+    arrays, ids = operands(1, 19, 2, 1, 4, 4)
+    op = functools.partial(attention, scale=0.5)
+    assert_close(results(op, arrays, ids), expected(arrays, ids, scale=0.5))
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_longer_than_a_block(window):
+    t = 2 * xla.BLOCK_ROWS + 77
+    arrays, ids = operands(1, t, 2, 1, 4, 4, segments=True)
+    op = functools.partial(attention, scale=0.5, window=window)
+    assert_close(results(op, arrays, ids), expected(arrays, ids, scale=0.5, window=window))
+
+
+def test_memory_is_not_quadratic():
+    """No array of T x T elements, forward or backward; the definition holds one."""
+    t = 4 * xla.BLOCK_ROWS
+    q, k, v = (jax.ShapeDtypeStruct((1, t, 1, 4), jnp.float32) for _ in range(3))
+
+    def temporaries(function):
+        gradient = jax.grad(lambda *x: jnp.sum(function(*x, None, None, scale=0.5)), (0, 1, 2))
+        return jax.jit(gradient).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    plain = functools.partial(reference.attention, causal=True, window=None, softcap=None)
+    square = 4 * t * t
+    assert temporaries(plain) >= square
+    assert temporaries(attention) < 0.8 * square
+
+
+def test_documents_do_not_see_each_other():
+    """A packed row equals its documents alone; what stands in the padding changes nothing."""
+    (q, k, v, _), _ = operands(1, 12, 2, 1, 4, 4)
+    ids = np.array([[1] * 4 + [2] * 5 + [0] * 3], np.int32)
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    packed = attention(q, k, v, ids, ids, scale=0.5)
+    alone = [attention(q[:, i:j], k[:, i:j], v[:, i:j], scale=0.5) for i, j in ((0, 4), (4, 9))]
+    assert_close(packed[:, :9], jnp.concatenate(alone, axis=1))
+    other = attention(q, k.at[:, 9:].set(1e9), v.at[:, 9:].set(-1e9), ids, ids, scale=0.5)
+    assert_close(packed[:, :9], other[:, :9], tol=0)
+
+
+def test_row_without_keys_is_finite():
+    arrays, _ = operands(1, 4, 2, 1, 4, 4)
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays[:3])
+    ours, theirs = jnp.array([[1, 1, 5, 1]]), jnp.array([[1, 1, 1, 1]])
+
+    def run(q, k, v):
+        return attention(q, k, v, ours, theirs, scale=0.5)
+
+    assert np.isfinite(run(q, k, v)).all()
+    gradients = jax.grad(lambda *x: jnp.sum(run(*x) ** 2), (0, 1, 2))(q, k, v)
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert not gradients[0][0, 2].any()  # nothing seen, nothing learned
+
+
+def test_extreme_scores():
+    """Scores of +-1e4, where a softmax without its maximum would overflow."""
+    (q, k, v, cotangent), _ = operands(1, 6, 2, 1, 4, 4)
+    arrays = (100 * q, 100 * k, v, cotangent)
+    actual = results(functools.partial(attention, scale=0.5), arrays, None)
+    reference_results = expected(arrays, None, scale=0.5)
+    assert_close(actual["value"], reference_results["value"], tol=1e-4)
+    assert all(np.isfinite(x).all() for x in actual.values())
+
+
+def test_bfloat16():
+    arrays, ids = operands(2, 9, 4, 2, 8, 8, segments=True)
+    arrays = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in arrays]
+    actual = results(functools.partial(attention, scale=0.3), arrays, ids, jnp.bfloat16)
+    assert all(x.dtype == jnp.bfloat16 for x in actual.values())
+    assert_close(actual, expected(arrays, ids, scale=0.3), tol=2e-2)
+
+
+RULES = {
+    "replicated": Rules(batch=None),
+    "batch over data": Rules(batch="data"),
+    "batch over two": Rules(),
+    "heads": Rules(batch=None, heads="tensor", kv_heads="tensor"),
+    "heads over two": Rules(batch="data", heads=("fsdp", "tensor"), kv_heads=("fsdp", "tensor")),
+    "both": Rules(heads="tensor", kv_heads="tensor"),
+}
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", RULES)
+def test_eight_devices_equal_one(name, explicit):
+    arrays, ids = operands(4, 9, 8, 4, 4, 3, segments=True)
+    options = {"scale": 0.5, "window": 6, "softcap": 2.0}
+    one = results(functools.partial(attention, **options), arrays, ids)
+    with sharding.use(sharding.mesh(MESH, explicit=explicit), RULES[name]):
+        eight = results(functools.partial(sharding.local, attention, **options), arrays, ids)
+    assert_close(eight, one)
+
+
+def test_batch_that_does_not_divide_is_whole():
+    arrays, ids = operands(3, 5, 4, 2, 4, 4)
+    one = results(functools.partial(attention, scale=0.5), arrays, ids)
+    with sharding.use(sharding.mesh(MESH), sharding.rules("fsdp_tp")):
+        eight = results(functools.partial(sharding.local, attention, scale=0.5), arrays, ids)
+    assert_close(eight, one)
+
+
+@pytest.mark.parametrize("rules", [Rules(heads="tensor"), Rules(kv_heads="tensor")], ids=["h", "g"])
+def test_heads_sharded_apart_from_their_keys_are_refused(rules):
+    """A shard would pair its query heads with the wrong key heads, silently."""
+    (q, k, v, _), _ = operands(4, 5, 8, 2, 4, 4)
+    with (
+        sharding.use(sharding.mesh(MESH), rules),
+        pytest.raises(sharding.ShardingError, match="'heads' and 'kv_heads' over the same mesh"),
+    ):
+        sharding.local(attention, q, k, v, None, None, scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        ([(2, 4, 4, 8), (2, 4, 3, 8), (2, 4, 3, 8)], {}, "4 query heads do not divide by 3"),
+        ([(2, 4, 4, 8), (2, 4, 2, 6), (2, 4, 2, 8)], {}, r"key \(2, 4, 2, 6\)"),
+        ([(2, 4, 4, 8), (1, 4, 2, 8), (1, 4, 2, 8)], {}, "B=2"),
+        ([(2, 4, 4, 8), (2, 4, 2, 8), (2, 5, 2, 8)], {}, r"value \(2, 5, 2, 8\)"),
+        ([(2, 4, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)], {}, "as many keys as queries, not 5 and 4"),
+        ([(2, 4, 4, 8)] * 3, {"causal": False, "window": 2}, "window needs causal"),
+        ([(2, 4, 4, 8)] * 3 + [(2, 4)], {}, "both queries and keys, or for neither"),
+    ],
+)
+def test_refuses_shapes_that_do_not_fit(shapes, options, message):
+    arrays = [jnp.zeros(s, jnp.float32 if len(s) > 2 else jnp.int32) for s in shapes]
+    with pytest.raises(ValueError, match=message):
+        attention(*arrays, scale=1.0, **options)
