@@ -29,8 +29,8 @@ _INLINED = frozenset(("checkpoint", "closed_call", "core_call", "custom_jvp_call
 def find(function: Callable, inputs: Mapping[str, Any], sound: Mapping[str, Any]) -> str | None:
     """Describes the first non-finite tensor in the order of computation.
 
-    The function runs as one program that also returns the largest magnitude of each operation's
-    result, in every round of a scan. So it may be sharded over the devices of several processes.
+    The function runs as one program that also returns, for each operation and each round of a
+    scan, whether the result is finite. So it may be sharded over the devices of several processes.
 
     Args:
       function: takes `inputs` as keywords; all its results are computed.
@@ -59,14 +59,14 @@ def find(function: Callable, inputs: Mapping[str, Any], sound: Mapping[str, Any]
         _run(program, values, checks, found)
         return found
 
-    magnitudes = jax.device_get(run(*leaves))
+    now = jax.device_get(run(*leaves))
     usual = jax.device_get(run(*jax.tree.leaves(sound)))
-    return _first(checks, magnitudes, usual)
+    return _first(checks, now, usual)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Check:
-    """What a magnitude is of: a tensor, or (with `rounds`) the tensors of each round of a scan."""
+    """What was looked at: a tensor, or (with `rounds`) the tensors of each round of a scan."""
 
     text: str
     rounds: list["_Check"] | None = None
@@ -84,14 +84,15 @@ class _Value:
 def _check(x: Any, text: str, checks: list[_Check], found: list) -> None:
     if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and jnp.size(x):
         checks.append(_Check(text))
-        found.append(jnp.max(jnp.abs(x)).astype(jnp.float32))
+        # Not the largest magnitude: XLA's maximum may drop a NaN.
+        found.append(jnp.max(jnp.where(jnp.isnan(x), 2, jnp.isinf(x))))
 
 
 def _first(checks: Sequence[_Check], found: Sequence[Any], usual: Sequence[Any]) -> str | None:
     for check, now, before in zip(checks, found, usual, strict=True):
         if check.rounds is None:
-            if not jnp.isfinite(now) and jnp.isfinite(before):
-                return f"{'nan' if jnp.isnan(now) else 'inf'} in {check.text}"
+            if now and not before:
+                return f"{'nan' if now == 2 else 'inf'} in {check.text}"
             continue
         rounds = range(len(now[0]) if now else 0)
         for i in reversed(rounds) if check.reverse else rounds:
@@ -103,7 +104,7 @@ def _first(checks: Sequence[_Check], found: Sequence[Any], usual: Sequence[Any])
 
 def _run(program: Any, inputs: Sequence[_Value], checks: list[_Check], found: list
          ) -> list[_Value]:
-    """Traces a jaxpr's operations one by one, adding to `checks`, and to `found` their magnitudes."""
+    """Traces a jaxpr's operations one by one, adding to `checks`, and what they find to `found`."""
     jaxpr = getattr(program, "jaxpr", program)  # Closed or not; one class since jax 0.12.
     consts = [_Value(x) for x in getattr(program, "consts", ())]
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
@@ -134,7 +135,7 @@ def _run(program: Any, inputs: Sequence[_Value], checks: list[_Check], found: li
 
 def _run_scan(eqn: Any, operands: Sequence[_Value], checks: list[_Check], found: list
               ) -> list[_Value]:
-    """A scan whose rounds return their magnitudes too."""
+    """A scan whose rounds also return what their checks find."""
     program = eqn.params["jaxpr"]
     body = getattr(program, "jaxpr", program)
     # What is carried has the same rank inside and out, what is stacked has one more outside.
@@ -149,15 +150,15 @@ def _run_scan(eqn: Any, operands: Sequence[_Value], checks: list[_Check], found:
         rounds.clear()
         values = [*operands[:fixed], *map(_Value, carry),
                   *(_Value(x, v.name) for x, v in zip(slices, operands[whole:], strict=True))]
-        magnitudes: list = []
-        results = [v.array for v in _run(program, values, rounds, magnitudes)]
-        return results[:carried], (results[carried:], magnitudes)
+        seen: list = []
+        results = [v.array for v in _run(program, values, rounds, seen)]
+        return results[:carried], (results[carried:], seen)
 
-    carry, (stacked, magnitudes) = jax.lax.scan(
+    carry, (stacked, seen) = jax.lax.scan(
         one, [v.array for v in operands[fixed:whole]], [v.array for v in operands[whole:]],
         length=eqn.params["length"], reverse=eqn.params["reverse"])
     checks.append(_Check(f"a scan ({_place(eqn)})", rounds, eqn.params["reverse"]))
-    found.append(magnitudes)
+    found.append(seen)
     return [_Value(x) for x in (*carry, *stacked)]
 
 

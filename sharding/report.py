@@ -424,7 +424,8 @@ _FREE = frozenset((
 # Custom calls by which the TPU compiler talks to itself; no code stands behind them.
 _BOOKKEEPING = frozenset((
     "AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveDone", "AsyncCollectiveStart",
-    "ConcatBitcast", "GatherScatterIndicesBitpacked",
+    "ConcatBitcast", "GatherScatterIndicesBitpacked", "PrepareAsyncCallDone",
+    "PrepareAsyncCallStart",
 ))
 _EM_CUDA = 190  # the machine number of an ELF file with CUDA code
 _RIEGELI = bytes.fromhex("83af70d10d884a3f00000000000000004000000000000000")
@@ -848,17 +849,17 @@ def _snappy(data: bytes) -> bytes:
             out += data[at:at + size + 1]
             at += size + 1
             continue
-        if tag & 3 == 1:
-            size, offset, width = 4 + (tag >> 2 & 7), tag >> 5 << 8 | data[at], 1
-        else:
-            width = 2 if tag & 3 == 2 else 4
-            size, offset = 1 + (tag >> 2), int.from_bytes(data[at:at + width], "little")
+        width = (1, 2, 4)[(tag & 3) - 1]
+        offset = int.from_bytes(data[at:at + width], "little")
         at += width
+        size = 1 + (tag >> 2)
+        if width == 1:
+            size, offset = 4 + (tag >> 2 & 7), tag >> 5 << 8 | offset
         begin = len(out) - offset
+        if not 0 <= begin < len(out):
+            break
         # A copy may overlap what it makes: then it repeats.
-        period = bytes(out[begin:begin + size]) if 0 <= begin < len(out) else b""
-        if not period:
-            raise ValueError(f"a Snappy block refers {offset} bytes back at {len(out)}: damaged")
+        period = bytes(out[begin:begin + size])
         out += (period * (size // len(period) + 1))[:size]
     if len(out) != length:
         raise ValueError(f"a Snappy block of {length} bytes unpacks to {len(out)}: it is damaged")

@@ -67,7 +67,7 @@ class DecoderConfig:
         """The model with fresh parameters; see `layers.stack` for `stacked` and `remat`."""
         return DecoderLM(self, key=key, dtype=dtype, stacked=stacked, remat=remat)
 
-    def flops_per_token(self, length: int, *, head: bool = True) -> float:
+    def flops_per_token(self, length: int) -> float:
         """Forward FLOPs of one token in a sequence of `length`, averaged over its positions.
 
         Counted are matrix products, two FLOPs a multiply-add; of causal attention only the part
@@ -79,7 +79,12 @@ class DecoderConfig:
             + self.mlp.flops_per_token(self.width)
             for i in range(self.num_layers)
         )
-        return blocks + (2 * self.width * self.vocab_size if head else 0)
+        return blocks + 2 * self.width * self.vocab_size
+
+    def flops_at(self, length: int) -> float:
+        """Forward FLOPs of the token that stands last in a sequence of `length`: a decode step."""
+        longer = length * self.flops_per_token(length)
+        return longer - (length - 1) * self.flops_per_token(length - 1) if length > 1 else longer
 
 
 @state

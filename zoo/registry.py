@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import sharding
 from zoo.protocol import axes, merge, shardings, split
@@ -179,7 +180,7 @@ def _maker(config, dtype, stacked, remat, mesh, rules):
         found.append((definition, axes(model)))
         return params
 
-    shapes = jax.eval_shape(make, jnp.uint32(0))
+    shapes = jax.eval_shape(make, np.uint32(0))
     definition, names = found[-1]
     layout = shardings(mesh, rules, names, shapes)
     abstract = jax.tree.map(
@@ -233,4 +234,4 @@ def build(
     with sharding.use(mesh, rules):
         definition, shapes, make = _maker(
             name_or_config, jnp.dtype(dtype), stacked, remat, mesh, rules)
-        return merge(definition, shapes if abstract else make(jnp.uint32(seed)))
+        return merge(definition, shapes if abstract else make(np.uint32(seed)))

@@ -134,9 +134,13 @@ def _decode(model, drafter: Drafter, drafter_params, request, table, until, prog
 def run(definition: nnx.GraphDef, drafter: Drafter, chunk: int, params, drafter_params,
         progress: Progress, request: sampling.Request, table: stop.StopTable,
         until: jax.Array) -> Progress:
-    """Goes on until every request is done or holds `until` int32 [B] tokens."""
+    """Goes on until every request is done or holds `until` int32 [B] tokens.
+
+    `chunk` is how many prompt tokens are taken in at a time; 0 leaves that part out.
+    """
     model = merge(definition, params)
-    progress = _prefill(model, chunk, progress)
+    if chunk:
+        progress = _prefill(model, chunk, progress)
     return _decode(model, drafter, drafter_params, request, table, until, progress)
 
 
@@ -152,6 +156,34 @@ def _start(definition, drafter, capacity, params, drafter_params, history, lengt
         history=history, length=length, log_probs=jnp.zeros(history.shape, jnp.float32),
         seen=sampling.mark(seen, history, jnp.arange(slots) < length[:, None]),
         stop_state=zeros, done=jnp.zeros(batch, bool), steps=jnp.int32(0), row_steps=zeros)
+
+
+def abstract_run(model, batch: int, capacity: int, drafter: Drafter | None = None
+                 ) -> tuple[Any, ...]:
+    """The arguments of `run` after `chunk`, for an abstract model on the ambient mesh.
+
+    They are ShapeDtypeStructs with the shardings that `generate` would make, so that
+    ``run.lower(definition, drafter, chunk, *arguments).compile()`` plans a machine that is only
+    described.
+    """
+    definition, params = split(model)
+    drafter = Plain() if drafter is None else drafter
+    device = jax.tree.leaves(params)[0].sharding.mesh
+    whole = jax.NamedSharding(device, jax.sharding.PartitionSpec())
+
+    def given(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    prompts = (given((batch, capacity), jnp.int32), given((batch,), jnp.int32))
+    start = _start.lower(definition, drafter, capacity, params, (), *prompts)
+    shapes = jax.eval_shape(functools.partial(_start, definition, drafter, capacity), params, (),
+                            *prompts)
+    progress = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes, start.compile().output_shardings)
+    settings = jax.tree.map(lambda x: given(x.shape, x.dtype),
+                            jax.eval_shape(lambda: (sampling.request(batch), stop.automaton((), ()))))
+    return params, (), progress, *settings, given((batch,), jnp.int32)
 
 
 def _bucket(n: int, least: int = 1) -> int:

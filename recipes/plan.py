@@ -1,0 +1,269 @@
+"""Says whether a model fits a machine and how fast it could run there, without the machine.
+
+  python -m recipes.plan --model=llama3-8b --topology=v5p:4x4x4 --mesh=fsdp:16,tensor:4 \\
+      --batch_size=64 --seq_len=4096
+  python -m recipes.plan --model=qwen3-8b --topology=h200:8 --mode=decode --batch_size=32
+
+The step is compiled ahead of time by the machine's own compiler and its program is read. Numbers
+are lower bounds on time, not predictions: each term of the roofline is what the step would take if
+nothing else took any. Needs the compilers: pip install 'parazoo[aot]', best in an environment of
+its own (make aot sets one up).
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+import sharding
+import zoo
+from recipes import command
+from recipes.optimizer import LEARNING_RATES, Optimizer
+from recipes.training import abstract_step
+from sharding import report, topology
+from zoo.decode import loop
+
+GIB = 1 << 30
+# A second compile, to say what rematerialisation would change, is worth at most this long a wait.
+SECOND_COMPILE_SECONDS = 75
+
+with command.group("What"):
+    MODEL = flags.DEFINE_string("model", None, "A preset; zoo.list() names them.")
+    SET = flags.DEFINE_multi_string("set", [], "Config overrides, as in num_layers=4.")
+    MODE = flags.DEFINE_enum("mode", "train", ["train", "decode"],
+                             "A training step, or decoding one token of every request.")
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows of the whole machine's step, or "
+                                      "requests decoded at once.")
+    SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "Tokens of a row, or of each request's cache.")
+with command.group("Where"):
+    TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: a TPU slice such as "
+                                   "v5e:4x4, v5p:4x4x4, v6e:16x16, or GPUs such as h200:8.")
+    MESH = flags.DEFINE_string("mesh", "", "Axes over its devices, as in fsdp:16,tensor:4; "
+                               "default all on fsdp (decode: on tensor).")
+    RULES = flags.DEFINE_enum("rules", "fsdp_tp", sorted(sharding.RULES), "How the mesh is used.")
+with command.group("Training"):
+    OPTIMIZER = flags.DEFINE_enum("optimizer", "adamw", sorted(LEARNING_RATES), "Which.")
+    ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "Microbatches of a step.")
+    REMAT = flags.DEFINE_enum("remat", "none", ["none", "dots", "full"],
+                              "What the backward pass computes again instead of keeping.")
+    DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
+                              "Of the parameters; default float32, in decoding bfloat16.")
+with command.group("Output"):
+    JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
+
+
+def _in_child() -> bool:
+    return all(os.environ.get(k) == v for k, v in topology.child_env().items())
+
+
+def _run_child() -> None:
+    """Compiles in a process of its own: compilers can end the one they run in."""
+    done = subprocess.run([sys.executable, "-m", "recipes.plan", *sys.argv[1:]],
+                          env={**os.environ, **topology.child_env()})
+    if done.returncode < 0:
+        raise RuntimeError(f"the compiler ended with signal {-done.returncode}; "
+                           "see what it printed above")
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def _compile_train(config: Any, mesh, rules, remat: str):
+    step, arguments = abstract_step(
+        config, mesh, rules, batch_size=BATCH_SIZE.value, seq_len=SEQ_LEN.value,
+        optimizer=Optimizer(OPTIMIZER.value), accumulate=ACCUMULATE.value,
+        dtype=DTYPE.value or "float32", remat=remat)
+    with sharding.use(mesh, rules):
+        return step.lower(*arguments).compile(), arguments[0]["params"]
+
+
+def _compile_decode(config: Any, mesh, rules, chunk: int):
+    if SEQ_LEN.value > config.max_length:
+        raise ValueError(f"seq_len {SEQ_LEN.value}: it must be at most {config.max_length}, the "
+                         f"model's max_length; lower it, or give --set=max_length={SEQ_LEN.value}")
+    model = zoo.build(config, mesh=mesh, rules=rules, abstract=True,
+                      dtype=jnp.dtype(DTYPE.value or "bfloat16"))
+    definition, params = zoo.protocol.split(model)
+    with sharding.use(mesh, rules):
+        arguments = loop.abstract_run(model, BATCH_SIZE.value, SEQ_LEN.value)
+        lowered = loop.run.lower(definition, loop.Plain(), chunk, *arguments)
+        return lowered.compile(), params, arguments[2]
+
+
+def _shard_bytes(tree: Any) -> int:
+    """Bytes of one device's shards."""
+    return sum(jnp.dtype(x.dtype).itemsize * _product(x.sharding.shard_shape(x.shape))
+               for x in jax.tree.leaves(tree))
+
+
+def _product(sizes) -> int:
+    return functools.reduce(lambda a, b: a * b, sizes, 1)
+
+
+def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]:
+    """Compiles what the flags ask for and returns all its numbers, JSON-able, in named units."""
+    started = time.perf_counter()
+    length, batch = SEQ_LEN.value, BATCH_SIZE.value
+    advice: list[str] = []
+    if MODE.value == "train":
+        compiled, params = _compile_train(config, mesh, rules, REMAT.value)
+        flops = 3 * batch * length * config.flops_per_token(length)
+        found = report.analyse(compiled, mesh, machine, flops=flops)
+        memory, seconds = found.memory, time.perf_counter() - started
+        if not memory.fits:
+            if REMAT.value != "full" and seconds < SECOND_COMPILE_SECONDS:
+                other = report.analyse(_compile_train(config, mesh, rules, "full")[0], mesh,
+                                       machine).memory
+                advice.append(f"--remat=full needs {other.total / GIB:.1f} GiB"
+                              + (", which fits" if other.fits else ""))
+            advice += _training_advice(memory)
+    else:
+        # Memory is that of the whole engine; a token's costs are those of its loop alone.
+        whole, params, progress = _compile_decode(config, mesh, rules, loop.CHUNK)
+        memory = report.analyse(whole, mesh, machine).memory
+        flops = batch * config.flops_at(length)
+        moved = _shard_bytes(params) + _shard_bytes(progress.state)
+        found = report.analyse(_compile_decode(config, mesh, rules, 0)[0], mesh, machine,
+                               flops=flops, hbm_bytes=moved)
+        seconds = time.perf_counter() - started
+        if not memory.fits:
+            advice.append("a wider tensor axis, a smaller --batch_size or a shorter --seq_len")
+    roof = found.roofline
+    assert roof is not None
+    bound = max(roof.compute_seconds or 0.0, roof.memory_seconds, roof.collective_seconds)
+    tokens = batch * length if MODE.value == "train" else batch
+    uneven = sorted({
+        f"{axis} of size {size}"
+        for names, x in zip(
+            jax.tree.leaves(zoo.protocol.axes(zoo.build(config, mesh=mesh, rules=rules,
+                                                        abstract=True)),
+                            is_leaf=lambda n: isinstance(n, tuple)),
+            jax.tree.leaves(params), strict=True)
+        for axis, size in zip(names, x.shape, strict=True)
+        if axis in rules.uneven(mesh, names, x.shape)})
+    return {
+        "model": MODEL.value, "mode": MODE.value, "topology": machine.name,
+        "mesh": dict(mesh.shape), "rules": RULES.value, "batch_size": batch, "seq_len": length,
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "replicated_because_uneven": uneven,
+        "flops_per_step": flops,
+        "memory": {**found.as_dict()["memory"], **{
+            k: getattr(memory, k) for k in ("arguments", "outputs", "aliases", "temporaries",
+                                            "host", "total", "capacity", "fits")}},
+        "hbm_traffic_bytes": found.hbm_traffic_bytes,
+        "collectives": found.as_dict()["collectives"],
+        "custom_calls": found.as_dict()["custom_calls"],
+        "roofline": found.as_dict()["roofline"],
+        "tokens_per_second_bound": tokens / bound,
+        "mfu_bound": (roof.compute_seconds or 0.0) / bound,
+        "compiler_estimates": found.compiler,
+        "compile_seconds": seconds,
+        "notes": list(found.notes),
+        "advice": advice,
+    }
+
+
+def _training_advice(memory: report.Memory) -> list[str]:
+    advice = []
+    if memory.temporaries > memory.arguments:
+        advice += [f"--accumulate={2 * ACCUMULATE.value} halves the activations",
+                   "a smaller --batch_size, or a shorter --seq_len"]
+    advice.append("more devices on fsdp or tensor: parameters and optimiser take "
+                  f"{memory.arguments / GIB:.1f} GiB of each")
+    if (DTYPE.value or "float32") == "float32":
+        advice.append("--dtype=bfloat16 halves the parameters")
+    return advice
+
+
+def _units(value: float, unit: str) -> str:
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"),
+                           (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def _print(result: dict[str, Any]) -> None:
+    console = Console(width=100, highlight=False)
+    mesh = ", ".join(f"{k}:{v}" for k, v in result["mesh"].items())
+    what = "training step" if result["mode"] == "train" else "decoding of one token a request"
+    console.print(f"[bold]{result['model']}[/bold] on {result['topology']} ({mesh}; rules "
+                  f"{result['rules']}): {what}, batch {result['batch_size']} x "
+                  f"{result['seq_len']} tokens")
+    table = Table(show_header=False, box=None, pad_edge=False)
+    memory, roof = result["memory"], result["roofline"]
+    table.add_row("parameters", f"{result['parameters']:,}")
+    if result["replicated_because_uneven"]:
+        table.add_row("replicated", ", ".join(result["replicated_because_uneven"])
+                      + ": does not divide over the mesh")
+    room = memory["capacity"] - memory["total"]
+    verdict = (f"fits, {room / GIB:.1f} GiB free" if room >= 0
+               else f"[bold red]does not fit, {-room / GIB:.1f} GiB over[/bold red]")
+    table.add_row("memory of a device", f"{memory['total'] / GIB:.2f} of "
+                  f"{memory['capacity'] / GIB:.1f} GiB: {verdict}")
+    for name in ("arguments", "outputs", "aliases", "temporaries"):
+        sign = "-" if name == "aliases" else "+"
+        table.add_row(f"  {sign} {name}", f"{memory[name] / GIB:.2f} GiB")
+    for line in result["advice"]:
+        table.add_row("  would help", line)
+    table.add_row("model FLOPs", f"{_units(result['flops_per_step'], 'FLOP')} a step, "
+                  f"{_units(roof['flops'], 'FLOP')} a device")
+    table.add_row("memory traffic", f"{_units(roof['hbm_bytes'], 'B')} a device"
+                  + ("" if roof["hbm_bytes_source"] == "given" else ", read off the program"))
+    console.print(table)
+    collectives = Table("collective", "over", "count", "arrays", "sent by a device", "at least",
+                        box=None, pad_edge=False, title_justify="left")
+    for c in result["collectives"]:
+        collectives.add_row(c["kind"], "x".join(c["axes"]), str(c["count"]),
+                            _units(c["result_bytes"], "B"), _units(c["wire_bytes"], "B"),
+                            f"{1e3 * (c['seconds'] or 0):.3f} ms")
+    if result["collectives"]:
+        console.print(collectives)
+    else:
+        console.print("no collectives")
+    kernels = ", ".join(f"{c['count']} x {c['name'] or c['target']}"
+                        for c in result["custom_calls"])
+    console.print(f"kernels: {kernels or 'none; all of it is XLA code'}")
+    bound = Table("roofline", "at least", "", box=None, pad_edge=False)
+    for name, key in (("compute", "compute_seconds"), ("memory", "memory_seconds"),
+                      ("collectives", "collective_seconds")):
+        mark = "[bold]limits[/bold]" if roof["limiting"] == name else ""
+        bound.add_row(name, f"{1e3 * (roof[key] or 0):.3f} ms", mark)
+    console.print(bound)
+    per = "" if result["mode"] == "train" else ", at a full cache"
+    console.print(f"at most {result['tokens_per_second_bound']:,.0f} tokens/s, "
+                  f"{100 * result['mfu_bound']:.0f}% of the peak FLOPs{per}; compiled in "
+                  f"{result['compile_seconds']:.0f} s")
+    for note in result["notes"]:
+        console.print(f"note: {note}")
+
+
+def main() -> None:
+    """Plans what the flags say."""
+    for flag in (MODEL, TOPOLOGY):
+        if flag.value is None:
+            raise ValueError(f"--{flag.name} is missing; see --help for an example")
+    config = zoo.config(MODEL.value, **command.settings(SET.value))
+    machine = topology.describe(TOPOLOGY.value)
+    axes = MESH.value or ("fsdp:-1" if MODE.value == "train" else "tensor:-1")
+    sharding.parse_mesh(axes, machine.num_devices)
+    if not _in_child():
+        _run_child()
+        return
+    result = plan(config, machine, machine.mesh(axes), sharding.rules(RULES.value))
+    if JSON.value:
+        print(json.dumps(result, indent=1))
+    else:
+        _print(result)
+
+
+if __name__ == "__main__":
+    command.run(main)

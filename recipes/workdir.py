@@ -1,0 +1,103 @@
+"""A run's directory, and whether what it holds is the same run.
+
+    workdir/
+      config.json       what the result depends on; compared when the run is taken up again
+      checkpoints/      see `zoo.checkpoint`
+      metrics.jsonl     every number logged
+      loss.png          at the end
+      failure.json      the batch after which something was not finite
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from recipes.optimizer import schedule
+
+_FORMAT_VERSION = 1
+_SHOWN = 5
+# Where the data is said to be matters less than what it is; steps matter as far as they bend the
+# learning rate.
+_FREE = ("format_version", "data.spec", "tokenizer.name", "training.steps")
+
+
+def open_run(folder: Path, record: Mapping[str, Any]) -> None:
+    """Makes the directory, or checks that it holds the run that `record` describes.
+
+    Raises:
+      ValueError: it holds another run; the message lists the differences.
+      OSError: it cannot be made or written.
+    """
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            raise ValueError(f"{path} cannot be read as JSON; restore it, or give another "
+                             "--workdir") from None
+        check_same(folder, old, record)
+    write_json(path, {"format_version": _FORMAT_VERSION, **record})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all; process 0 alone."""
+    if jax.process_index():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    os.replace(part, path)
+
+
+def check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises ValueError if two runs' records differ in what the result depends on."""
+    before, after = _flat(old), _flat(new)
+    names = [n for n in sorted(before.keys() | after.keys()) if n not in _FREE]
+    changed = [f"{name}: {_short(before.get(name))} -> {_short(after.get(name))}"
+               for name in names if before.get(name) != after.get(name)]
+    if changed:
+        more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
+        raise ValueError(f"{folder} holds a run of another configuration ("
+                         + ", ".join(changed[:_SHOWN] + more)
+                         + "); give the old values, or another --workdir")
+
+
+def check_steps(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> None:
+    """Raises ValueError if another number of steps would have given other learning rates so far.
+
+    `done` steps are those behind the checkpoint.
+    """
+    before, after = old["training"], new["training"]
+    if before["steps"] == after["steps"] or not done:
+        return
+
+    def rates(training):
+        return np.asarray(schedule(training["schedule"], 1.0, training["steps"],
+                                   training["warmup_steps"])(np.arange(done)))
+
+    if not np.array_equal(rates(before), rates(after)):
+        raise ValueError(
+            f"{folder} is a run of {before['steps']} steps, of which {done} are done, and its "
+            f"schedule {after['schedule']!r} would have been another for {after['steps']}; give "
+            f"--steps={before['steps']}, or another --workdir (only --schedule=constant, and wsd "
+            "before its end, can go on for longer)")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 24 else f"{text[:11]}...{text[-6:]}"
