@@ -1,6 +1,7 @@
 """Softmax attention: multi-head, grouped, windowed, self or cross, with a block-read KV cache."""
 
 import dataclasses
+import functools
 from typing import Self
 
 import jax
@@ -20,6 +21,9 @@ MASKED = -1e30
 # Cache slots read at a time while decoding: the cost of a token follows the tokens in use, not
 # the cache's capacity. Capacities are multiples of it.
 CACHE_BLOCK = 128
+
+# Up to so many rows are written to a cache slice by slice, more by a scatter.
+FEW_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,22 +144,49 @@ class KVCache(State):
         return self.write(*update)
 
     def write(self, key, value, position, valid, length) -> Self:
-        """Stores rows [B, W, G, K], [B, W, G, V] of `position` int32 [B, W] where `valid`.
+        """Stores rows [..., B, W, G, K], [..., B, W, G, V] where `valid`, at `position` [..., B, W].
 
-        The valid positions of one request are distinct and lie within S of each other.
+        The leading axis is the layers' in a stack. The valid positions of one request are
+        distinct and lie within S of each other.
         """
-        rows = jnp.arange(key.shape[0])[:, None]
-        # A slot past the end is dropped; the offsets keep dropped indices distinct.
-        outside = self.slots + jnp.arange(position.shape[1])
-        slot = jnp.where(valid, position % self.slots, outside)
-        options = {"mode": "drop", "unique_indices": True}
+        batch, width = position.shape[-2:]
+        if batch * width <= FEW_ROWS:
+            store = functools.partial(self._update_slices, position % self.slots, valid)
+        else:
+            # A slot past the end is dropped; the offsets keep dropped indices distinct.
+            outside = self.slots + jnp.arange(width)
+            store = functools.partial(self._scatter, jnp.where(valid, position % self.slots, outside))
         return dataclasses.replace(
             self,
-            key=self.key.at[rows, :, slot].set(key.astype(self.key.dtype), **options),
-            value=self.value.at[rows, :, slot].set(value.astype(self.value.dtype), **options),
-            position=self.position.at[rows, slot].set(position, **options),
+            key=store(self.key, jnp.swapaxes(key, -3, -2)),
+            value=store(self.value, jnp.swapaxes(value, -3, -2)),
+            position=store(self.position[..., None, :, None], position[..., None, :, None])[
+                ..., 0, :, 0],
             length=length,
         )
+
+    @staticmethod
+    def _scatter(slot, buffer, rows):
+        """`rows` [..., B, G, W, D] into `buffer` [..., B, G, S, D] at `slot` [..., B, W]."""
+        if slot.ndim > 2:
+            return jax.vmap(KVCache._scatter)(slot, buffer, rows)
+        request = jnp.arange(slot.shape[0])[:, None]
+        return buffer.at[request, :, slot].set(
+            jnp.swapaxes(rows, 1, 2).astype(buffer.dtype), mode="drop", unique_indices=True)
+
+    @staticmethod
+    def _update_slices(slot, valid, buffer, rows):
+        """The same for few rows, one after the other, where XLA's scatter costs more."""
+        batch, width = slot.shape[-2:]
+        # All layers of a stack hold a request's token in the same slot.
+        slot, valid = (x.reshape(-1, batch, width)[0] for x in (slot, valid))
+        for b in range(batch):
+            for w in range(width):
+                start = [0] * (buffer.ndim - 4) + [b, 0, slot[b, w], 0]
+                new = rows[..., b : b + 1, :, w : w + 1, :].astype(buffer.dtype)
+                old = lax.dynamic_slice(buffer, start, new.shape)
+                buffer = lax.dynamic_update_slice(buffer, jnp.where(valid[b, w], new, old), start)
+        return buffer
 
 
 @state
@@ -338,6 +369,9 @@ class AttentionMixer(nnx.Module):
         if isinstance(state, ContextCache):
             return state
         columns = jnp.arange(path.shape[1], dtype=jnp.int32)
-        k, v = (jnp.take_along_axis(x, path[:, :, None, None], axis=1) for x in scratch)
-        return state.write(k, v, state.length[:, None] + columns, columns < count[:, None],
-                           state.length + count)
+        rows = path[:, :, None, None]
+        k, v = (jnp.take_along_axis(x, rows.reshape((1,) * (x.ndim - 4) + rows.shape), axis=-3)
+                for x in scratch)
+        position = state.length[..., None] + columns
+        valid = jnp.broadcast_to(columns < count[:, None], position.shape)
+        return state.write(k, v, position, valid, state.length + count)

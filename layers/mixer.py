@@ -14,7 +14,9 @@ root is the last token emitted, which is not in the state yet. `step` leaves wha
 in `scratch`, and only the rows on the accepted path are committed, so rejecting costs nothing.
 A request that is finished commits 0 rows, which leaves its state as it was. `absorb` takes in a
 chunk of prompt in the same way: it reads the state, and `State.apply` writes once, after all
-layers have read. (A cache that is written between two layers' reads gets copied by XLA.)
+layers have read. (A cache that is written between two layers' reads gets copied by XLA.) So
+`commit` and `apply` are given the states of a whole stack, whose leaves have a leading layer axis,
+or of one layer, whose leaves have none.
 """
 
 import dataclasses

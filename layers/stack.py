@@ -135,7 +135,7 @@ class Stack(nnx.Module):
     def prefill(self, x, valid, state) -> tuple[jax.Array, Any]:
         """A chunk [B, T, D] of every request: (y, the state after it)."""
         x, updates = self._incremental(lambda block, x, one: block.absorb(x, valid, one), x, state)
-        blocks = [jax.vmap(lambda one, update: one.apply(update))(one, update)
+        blocks = [one.apply(update)
                   for one, update in zip(state["blocks"], updates["blocks"], strict=True)]
         tail = [one.apply(update)
                 for one, update in zip(state["tail"], updates["tail"], strict=True)]
@@ -181,7 +181,7 @@ class Stack(nnx.Module):
     def commit(self, state, scratch, path, count) -> Any:
         """Keeps the first `count` rows [B] of `path` int32 [B, P] in every layer."""
         blocks = [
-            jax.vmap(block.commit, in_axes=(0, 0, None, None))(one, added, path, count)
+            block.commit(one, added, path, count)
             for block, one, added in zip(
                 self._pattern(), state["blocks"], scratch["blocks"], strict=True)
         ]

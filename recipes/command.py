@@ -5,10 +5,11 @@ import difflib
 import dis
 import inspect
 import logging
+import os
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -19,15 +20,42 @@ FLAGS = flags.FLAGS
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("layers", "pallas_kernels", "recipes", "sharding", "zoo")
 _FLAG_FILES = _ROOT / "recipes" / "flags"
-_groups: dict[str, list[str]] = {}  # Title -> names of flags, in the order of definition.
+# Recipe (a module's name) -> title of a group -> its flags by name. They are in FLAGS while the
+# recipe runs: so recipes that are imported together may have flags of the same name.
+_recipes: dict[str, dict[str, dict[str, flags.Flag]]] = {}
+
+
+class group:
+    """``with group("Data"):`` makes the flags defined inside the recipe's, under that title."""
+
+    def __init__(self, title: str):
+        self._titles = _recipes.setdefault(sys._getframe(1).f_globals["__name__"], {})
+        self._title = title
+
+    def __enter__(self) -> None:
+        self._before = set(FLAGS)
+
+    def __exit__(self, *_) -> None:
+        names = [name for name in FLAGS if name not in self._before]
+        self._titles[self._title] = {name: FLAGS[name] for name in names}
+        for name in names:
+            delattr(FLAGS, name)
 
 
 @contextlib.contextmanager
-def group(title: str):
-    """The flags defined inside stand under `title` in the recipe's help."""
-    before = set(FLAGS)
-    yield
-    _groups[title] = [name for name in FLAGS if name not in before]
+def _flags_of(main: Callable[[], None]) -> Iterator[None]:
+    """The flags of a recipe, at their defaults."""
+    mine = {name: flag for flags_by_name in _recipes.get(main.__module__, {}).values()
+            for name, flag in flags_by_name.items()}
+    for name, flag in mine.items():
+        flag.unparse()
+        FLAGS[name] = flag
+    try:
+        yield
+    finally:
+        for name in mine:
+            delattr(FLAGS, name)
+        FLAGS.unparse_flags()
 
 
 def run(main: Callable[[], None]) -> None:
@@ -51,13 +79,17 @@ def execute(main: Callable[[], None], argv: Sequence[str]) -> int:
     """
     _log_plainly()
     try:
-        if any(arg in ("-h", "-help", "--help") for arg in argv[1:]):
-            print(_help(main))
-            return 0
-        _parse(argv)
-        main()
+        with _flags_of(main):
+            if any(arg in ("-h", "-help", "--help") for arg in argv[1:]):
+                print(_help(main))
+            else:
+                _parse(argv)
+                main()
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except BrokenPipeError:  # As `| head` makes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}", 2)
@@ -106,9 +138,9 @@ def _parse(argv: Sequence[str]) -> None:
     try:
         rest = FLAGS([argv[0], *map(_find_flag_file, argv[1:])])
     except flags.UnrecognizedFlagError as error:
-        known = [name for names in _groups.values() for name in names]
-        raise ValueError(
-            f"unknown flag --{error.flagname}{_nearest(error.flagname, known, '--')}") from None
+        near = difflib.get_close_matches(error.flagname, list(FLAGS), n=1)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+        raise ValueError(f"unknown flag --{error.flagname}; {hint}") from None
     except flags.Error as error:
         raise ValueError(str(error)) from None
     if rest[1:]:
@@ -123,13 +155,9 @@ def _find_flag_file(arg: str) -> str:
     own = {path.stem: str(path) for path in sorted(_FLAG_FILES.glob("*.flags"))}
     name = Path(value).name.removesuffix(".flags")
     if name not in own:
-        raise ValueError(f"--flagfile={value}: there is no such file{_nearest(name, own)}")
+        raise ValueError(f"--flagfile={value}: there is no such file; the recipes' own are "
+                         + ", ".join(own))
     return f"--flagfile={own[name]}"
-
-
-def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{near[0]}?" if near else "; --help lists the flags"
 
 
 def _help(main: Callable[[], None]) -> str:
@@ -137,15 +165,20 @@ def _help(main: Callable[[], None]) -> str:
         return textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
     lines = [(inspect.getmodule(main).__doc__ or "").strip()]
-    for title, names in _groups.items():
+    for title, flags_by_name in _recipes.get(main.__module__, {}).items():
         lines += ["", f"{title}:"]
-        for name in names:
-            flag = FLAGS[name]
-            default = "" if flag.default is None else str(flag.default)
-            lines += [f"  --{name}={default}", *paragraph(flag.help)]
+        for name, flag in flags_by_name.items():
+            default = "" if flag.default in (None, []) else flag.default
+            lines += [f"  --{name}={default}", *paragraph(_words(flag))]
     lines += ["", "  --flagfile=FILE", *paragraph("Reads flags from a file, one a line, # before "
               "comments. What stands later on the command line wins.")]
     return "\n".join(lines)
+
+
+def _words(flag: flags.Flag) -> str:
+    """A flag's help as it was written, without what absl adds."""
+    words = flag.help.partition(";\n")[0]
+    return words.partition(">: ")[2] if isinstance(flag, flags.EnumFlag) else words
 
 
 class _Plain(logging.Formatter):

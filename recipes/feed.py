@@ -41,7 +41,7 @@ def place(make: Callable[[np.ndarray], Batch], batch_size: int, layout: NamedSha
 
 
 def signals(mesh: Mesh, step: int, stop: bool) -> jax.Array:
-    """The step's third argument: int32 [devices, 2], this process' step and whether it must stop."""
+    """The step's third argument: this process' step, and whether it was asked to stop."""
     row = np.array([[step, stop]], np.int32)
     return jax.make_array_from_callback(
         (mesh.size, 2), NamedSharding(mesh, P(mesh.axis_names)), lambda index: row)

@@ -7,31 +7,28 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import sharding
 import zoo
 from recipes import feed, metrics, nonfinite, progress, training, workdir
-from recipes.tasks import Task
+from recipes.tasks import Batch, Task
 from zoo.checkpoint import Checkpointer
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """When a run does what, in steps; 0 is never.
+    """What a run does when, in steps.
 
     Attributes:
       steps: of the whole run.
-      log_every, eval_every, save_every: how often it logs, evaluates, saves. It also does all
-        three at its end.
+      log_every, eval_every, save_every: how often it logs, evaluates, saves; 0 only at its end.
       keep_last, keep_every: which checkpoints stay; see `Checkpointer`.
-      profile: (first, last) step that a profile covers, or None.
+      profile: (first, last): a profile covers these steps and those between; or None.
     """
 
     steps: int
@@ -45,68 +42,258 @@ class Schedule:
     def __post_init__(self):
         for name in ("log_every", "eval_every", "save_every"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: it must be 0 (never) or more")
-        if self.profile and not 0 <= self.profile[0] < self.profile[1]:
-            raise ValueError(f"profile {self.profile[0]}:{self.profile[1]}: it must be FIRST:LAST "
-                             "with FIRST < LAST")
+                raise ValueError(f"{name} {getattr(self, name)}: it must be 0 (at the end) or more")
+        if self.profile and not 0 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile {self.profile[0]}:{self.profile[1]}: it must be FIRST:LAST")
+
+    def is_due(self, every: int, done: int) -> bool:
+        """Whether something done so often is due after `done` steps."""
+        return done == self.steps or (every > 0 and done % every == 0)
 
 
 def train(program: training.Program, task: Task, batch_size: int, schedule: Schedule,
           folder: Path) -> training.State:
     """Trains to the last step, or goes on from where the run in `folder` stands.
 
-    Returns the last state. SIGTERM to any process makes all of them save after the same step and
-    return.
+    SIGTERM, to whichever process, makes all of them save after the same step and return.
+
+    Returns:
+      The last state.
 
     Raises:
-      ValueError: `folder` holds another run.
-      OSError: it cannot be written.
+      ValueError: `folder` holds another run, or sizes do not fit the mesh.
+      OSError: `folder` cannot be written.
       RuntimeError: a loss or a gradient is not finite, or another process is gone.
     """
-    run = _Run(program, task, batch_size, schedule, folder)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sharding.use(program.mesh, program.rules))
-        stack.enter_context(_stop_requests(run))
-        stack.enter_context(_named_failures(folder))
-        stack.enter_context(run.checkpointer)
-        stack.callback(run.line.close)
-        return run.run()
+    with contextlib.ExitStack() as exits:
+        exits.enter_context(sharding.use(program.mesh, program.rules))
+        exits.enter_context(_clear_failures())
+        return _Run(program, task, batch_size, schedule, folder, exits).run()
+
+
+@contextlib.contextmanager
+def _clear_failures() -> Iterator[None]:
+    """Says what the runtime's errors mean for a run."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" in text:
+            raise RuntimeError(
+                f"out of device memory: {text}; lower --batch_size, raise --accumulate, take "
+                "--remat=full, or a larger mesh") from error
+        if jax.process_count() == 1:
+            raise
+        raise RuntimeError(
+            "the exchange with the other processes failed, so one of them has probably died; start "
+            f"the job again, and it goes on from the last checkpoint ({text})") from error
 
 
 class _Run:
-    """The state of the loop, besides the model's."""
+    """A run in progress: all that the loop keeps, besides the model's state."""
 
     def __init__(self, program: training.Program, task: Task, batch_size: int,
-                 schedule: Schedule, folder: Path):
+                 schedule: Schedule, folder: Path, exits: contextlib.ExitStack):
         program.check_batch(batch_size)
         self.program, self.task, self.batch_size = program, task, batch_size
         self.schedule, self.folder = schedule, folder
-        self.stop_requested = False
         self.record = training.describe_run(program, task, batch_size)
-        self.checkpointer = Checkpointer(folder / "checkpoints", schedule.keep_last,
-                                         schedule.keep_every)
-        self.first_process = jax.process_index() == 0
-        self.line = progress.Line(schedule.steps, silent=not self.first_process)
+        self.is_first_process = jax.process_index() == 0
+        self.line = progress.Line(schedule.steps, silent=not self.is_first_process)
         self.clock = progress.Clock(task.tokens_per_step, task.flops_per_step,
                                     progress.peak_flops(program.mesh))
-        self.writer: metrics.Writer | None = None
+        self.stop_requested = False
+        self.profiling = False
+        self.exits = exits
+        before = signal.signal(signal.SIGTERM, self._request_stop)
+        exits.callback(signal.signal, signal.SIGTERM, before)
+        exits.callback(self.line.close)
+        exits.callback(self._end_profile)
+        self.checkpointer = exits.enter_context(Checkpointer(
+            folder / "checkpoints", schedule.keep_last, schedule.keep_every))
+
+    def _request_stop(self, *_) -> None:
+        self.stop_requested = True
 
     def run(self) -> training.State:
-        began = time.monotonic()
-        workdir.open_run(self.folder, self.record)
-        self.checkpointer.prepare()
         state, first = self._start()
-        if self.first_process:
+        if self.is_first_process:
             self.writer = metrics.Writer(self.folder, first)
-        steps = self.schedule.steps
-        if first < steps:
-            batches = feed.Feed(self._place, first, steps)
-            try:
-                state, stopped = self._steps(state, first, batches)
-            finally:
-                batches.close()
-                self._end_profile()
-            if stopped:
+            self.exits.callback(self.writer.close)
+        if first < self.schedule.steps:
+            batches = feed.Feed(self._place, first, self.schedule.steps)
+            with contextlib.closing(batches):
+                state, stopped_at = self._steps(state, first, batches)
+            if stopped_at is not None:
+                self.line.say(f"stopped after step {stopped_at}, which is saved; the same command "
+                              "goes on from there")
                 return state
-        self._finish(state, began)
+        self._finish(state)
         return state
+
+    def _start(self) -> tuple[training.State, int]:
+        """The state to go on from, and the steps behind it."""
+        workdir.check_config(self.folder, self.record)
+        self.checkpointer.prepare()
+        first = self.checkpointer.latest()
+        if first is None:
+            first, state = 0, self.program.init()
+        else:
+            state, meta, _ = training.restore(self.checkpointer, self.program, first)
+            workdir.check_same(self.folder, {name: meta.get(name) for name in self.record},
+                               self.record)
+            workdir.check_steps(self.folder, meta, self.record, first)
+            self.line.say(f"going on after step {first} of {self.folder}")
+        if self.is_first_process:
+            workdir.write_config(self.folder, self.record)
+        return state, first
+
+    def _place(self, step: int) -> dict[str, jax.Array]:
+        return feed.place(functools.partial(self.task.batch, step), self.batch_size,
+                          self.program.batch_sharding)
+
+    def _steps(self, state: training.State, first: int, batches: feed.Feed
+               ) -> tuple[training.State, int | None]:
+        """Runs the steps; returns the state, and after how many it stopped if it was told to."""
+        take = training.make_step(self.program)
+        began = time.monotonic()
+        waiting = None  # The step before, whose metrics are fetched while the next one runs.
+        for step in range(first, self.schedule.steps):
+            batch = batches.next()
+            signals = feed.signals(self.program.mesh, step, self.stop_requested)
+            self._profile(step)
+            # Nothing but what is asked for here may move between host and devices: a transfer
+            # that slips in would make the devices wait, every step.
+            with jax.transfer_guard("disallow"):
+                state, values = take(state, batch, signals)
+            if step == first:
+                jax.block_until_ready(values)
+                self.clock.skip()
+                self.line.say("compiled, and first step taken, in "
+                              f"{time.monotonic() - began:.1f} s")
+            stop = waiting is not None and self._conclude(state, *waiting)
+            waiting, done = (step, values), step + 1
+            evaluates = self.schedule.is_due(self.schedule.eval_every, done)
+            saves = self.schedule.is_due(self.schedule.save_every, done)
+            if not (stop or evaluates or saves):
+                continue
+            stop |= self._conclude(state, *waiting)
+            waiting = None
+            if evaluates and done < self.schedule.steps:
+                self._evaluate(state, done)
+            if saves or stop:
+                self._save(state, done, wait=stop or done == self.schedule.steps)
+            if stop:
+                return state, done
+            self.clock.resume()
+        return state, None
+
+    def _conclude(self, state: training.State, step: int, values: dict[str, jax.Array]) -> bool:
+        """Takes in the metrics of a step; returns whether any process was asked to stop."""
+        numbers = jax.device_get(values)
+        self.clock.count()
+        finite, stop = numbers.pop("finite"), numbers.pop("stop")
+        if not finite.all():
+            self._fail(state, step, finite)
+        done = step + 1
+        if self.schedule.is_due(self.schedule.log_every, done):
+            numbers = {name: float(x) for name, x in numbers.items()}
+            times = self.clock.times()
+            self._log({"step": done, "train": numbers, "time": times})
+            self.line.show(done, numbers, times,
+                           self.clock.remaining(self.schedule.steps - done))
+        return bool(stop)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.is_first_process:
+            self.writer.write(record)
+
+    def _save(self, state: training.State, done: int, wait: bool) -> None:
+        if self.is_first_process:
+            self.writer.sync()
+        training.save(self.checkpointer, self.program, state, done, self.record, wait)
+
+    @functools.cached_property
+    def _loss(self):
+        return training.make_evaluation(self.program)
+
+    def _evaluate(self, state: training.State, done: int, final: bool = False
+                  ) -> dict[str, float]:
+        params = state.get("ema", state["params"])
+
+        def measure(batch: Batch):
+            placed = feed.place(lambda rows: {name: x[rows] for name, x in batch.items()},
+                                self.batch_size, self.program.batch_sharding)
+            total, weight, stats = jax.device_get(self._loss(params, placed))
+            return float(total), float(weight), {name: float(x) for name, x in stats.items()}
+
+        found = self.task.evaluate(measure, final)
+        self._log({"step": done, "final" if final else "heldout": found,
+                   "time": self.clock.times()})
+        if not final:
+            self.line.say(f"held out after step {done}: "
+                          + ", ".join(f"{name} {x:.4g}" for name, x in found.items()))
+        return found
+
+    def _finish(self, state: training.State) -> None:
+        found = self._evaluate(state, self.schedule.steps, final=True)
+        if self.is_first_process:
+            self.task.draw(self.folder, metrics.read(self.folder / metrics.FILE))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024)
+        self.line.say(f"{self.task.summarize(found)}; {time.monotonic() - self.clock.began:.0f} s, "
+                      f"{peak / 2**30:.2f} GiB of memory at the most; in {self.folder}")
+
+    def _profile(self, step: int) -> None:
+        """Starts or ends the profile that is due before `step`."""
+        if self.schedule.profile is None:
+            return
+        first, last = self.schedule.profile
+        if step == first:
+            jax.profiler.start_trace(self.folder / "profile")
+            self.profiling = True
+        elif step > last:
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        if self.profiling:
+            jax.profiler.stop_trace()
+            self.profiling = False
+            self.line.say(f"profile in {self.folder / 'profile'}")
+
+    def _fail(self, state: training.State, step: int, finite: Any) -> NoReturn:
+        """Saves what is good, finds out what is not, and raises.
+
+        The state is as it was before the failed step: the step function has kept it.
+        """
+        ids = self.task.ids(step)
+        names = [name for name, good in zip(training.finite_names(self.program), finite,
+                                            strict=True) if not good]
+        if step not in self.checkpointer.steps():
+            self._save(state, step, wait=True)
+        self.line.say(f"step {step + 1}: {names[0]} is not finite; looking for the cause")
+        try:
+            first = self._find_nonfinite(state, step)
+        except Exception as error:  # The failed step is the news, not a failed search.
+            first = f"not found ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+        if self.is_first_process:
+            workdir.write_json(self.folder / "failure.json", {
+                "after_step": step, "example_ids": ids, "not_finite": names, "first": first})
+        count = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise RuntimeError(
+            f"step {step + 1}, of examples {ids[0]} to {ids[-1]}: {names[0]}{count} not finite; "
+            f"first non-finite tensor: {first}; the state before it is saved as step {step} in "
+            f"{self.folder}; lower the learning rate, or look at these examples (failure.json)")
+
+    def _find_nonfinite(self, state: training.State, step: int) -> str:
+        program = self.program
+        definition, initial = zoo.protocol.split(program.model(abstract=False))
+        differentiate = training.make_gradients(program, definition)
+
+        def compute(params, batch):
+            return differentiate(params, batch, training.step_key(program, step))
+
+        batch = self._place(step)
+        found = nonfinite.find(compute, {"params": state["params"], "batch": batch},
+                               {"params": initial, "batch": batch}, program.replicated)
+        return found or "none when computed one by one, so it overflowed within a fused operation"

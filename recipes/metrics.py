@@ -17,9 +17,9 @@ class Writer:
     """
 
     def __init__(self, folder: Path, step: int):
-        """Goes on after `step` completed steps; what the file holds of later ones is cut off."""
+        """Goes on after `step` steps: what the file says of later ones, or of an end, goes."""
         path = folder / FILE
-        kept = [record for record in read(path) if record["step"] <= step]
+        kept = [r for r in read(path) if r["step"] <= step and "final" not in r]
         part = path.with_suffix(".part")
         with part.open("w", encoding="utf-8") as file:
             file.writelines(_line(record) for record in kept)
@@ -51,16 +51,23 @@ class Writer:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; none if there is no such file. Stops at a broken line."""
-    records = []
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                records.append(json.loads(line))
-    except FileNotFoundError:
-        pass
-    except ValueError:  # The process was killed within the line.
-        pass
+    """The records of a metrics.jsonl, none if there is no such file.
+
+    A last line that a killed process left unfinished is left out. Raises ValueError for any other
+    line that is not a record.
+    """
+    if not path.exists():
+        return []
+    records: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(
+                f"{path}:{number} is not a record of a run; mend or remove the line") from None
+        records.append(record)
     return records
 
 

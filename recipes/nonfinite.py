@@ -1,6 +1,7 @@
 """Finds the first operation of a function that makes an infinity or a NaN, and names it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ _INLINED = frozenset(("checkpoint", "closed_call", "core_call", "custom_jvp_call
                       "custom_vjp_call", "jit", "pjit", "remat", "remat2"))
 
 
-def find(function: Callable, inputs: Mapping[str, Any], sound: Mapping[str, Any]) -> str | None:
+def find(function: Callable, inputs: Mapping[str, Any], sound: Mapping[str, Any],
+         replicated: jax.sharding.Sharding | None = None) -> str | None:
     """Describes the first non-finite tensor in the order of computation.
 
     The function runs as one program that also returns, for each operation and each round of a
@@ -37,6 +39,7 @@ def find(function: Callable, inputs: Mapping[str, Any], sound: Mapping[str, Any]
       inputs: pytrees of arrays.
       sound: other inputs, with which all is well. What is not finite with them either, such as the
         logarithm of a closed gate, is meant to be so.
+      replicated: a sharding for what the checks find, where inputs are on several devices.
 
     Returns:
       A few words such as "inf in the result of dot_general, float32[4,64,128] (Linear.__call__ in
@@ -49,7 +52,7 @@ def find(function: Callable, inputs: Mapping[str, Any], sound: Mapping[str, Any]
         lambda *leaves: function(**jax.tree.unflatten(structure, leaves)))(*leaves)
     checks: list[_Check] = []
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated)
     def run(*leaves):
         checks.clear()
         values = [_Value(x, name) for x, name in zip(leaves, names, strict=True)]

@@ -26,6 +26,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     """
     # The only collectives that a CPU has across processes; must be set before devices exist.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler of SIGTERM would take the place of ours.
+    jax.config.update("jax_enable_preemption_service", False)
     if coordinator is None:
         if num_processes is not None or process_id is not None:
             raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT")

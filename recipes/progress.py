@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import Any
 
 import jax
 
@@ -34,18 +33,25 @@ class Clock:
         self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak
         self.began = self._mark = time.monotonic()
         self._steps = self._seconds = 0.0
+        self._skips = False
 
     def resume(self) -> None:
         """What follows are steps again."""
         self._mark = time.monotonic()
 
-    def count(self, steps: int) -> None:
-        """So many steps are done since the last `count` or `resume`."""
+    def skip(self) -> None:
+        """The next step that is counted does not count: it compiled."""
+        self._skips = True
+
+    def count(self) -> None:
+        """One more step is done."""
         now = time.monotonic()
-        # About the last 50 steps count, so that a machine that slows down is seen to.
-        keep = max(0.0, 1.0 - steps / 50)
-        self._steps = keep * self._steps + steps
-        self._seconds = keep * self._seconds + now - self._mark
+        if self._skips:
+            self._mark, self._skips = now, False
+            return
+        # Old steps fade, about 50 count: what is shown follows a machine that slows down.
+        self._steps = 0.98 * self._steps + 1
+        self._seconds = 0.98 * self._seconds + now - self._mark
         self._mark = now
 
     def times(self) -> dict[str, float]:
@@ -64,16 +70,16 @@ class Clock:
 
 
 class Line:
-    """Shows the progress of a run to `steps`; one process' work."""
+    """Shows where a run of `steps` steps stands."""
 
-    def __init__(self, steps: int):
-        self._steps = steps
-        self._live = None
-        if sys.stdout.isatty():
+    def __init__(self, steps: int, silent: bool = False):
+        """`silent` is for the processes of a job that leave the showing to another."""
+        self._steps, self._silent, self._live = steps, silent, None
+        if not silent and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            self._live = Progress(BarColumn(None), MofNCompleteColumn(),
-                                  TextColumn("{task.description}"), expand=True)
+            self._live = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+                                  TextColumn("{task.description}", markup=False))
             self._bar = self._live.add_task("compiling", total=steps)
             self._live.start()
 
@@ -81,12 +87,12 @@ class Line:
         """Prints a line that stays."""
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
-        else:
+        elif not self._silent:
             print(text, flush=True)
 
-    def show(self, step: int, numbers: dict[str, Any], times: dict[str, float],
+    def show(self, step: int, numbers: dict[str, float], times: dict[str, float],
              remaining: float | None) -> None:
-        """Shows where the run stands after `step` steps."""
+        """Shows how things are after `step` steps."""
         parts = [f"loss {numbers['loss']:.4f}", f"norm {numbers['grad_norm']:.2f}"]
         if "tokens_per_second" in times:
             parts.append(f"{times['tokens_per_second']:,.0f} tokens/s")
@@ -97,8 +103,7 @@ class Line:
         if self._live is not None:
             self._live.update(self._bar, completed=step, description="  ".join(parts))
         else:
-            width = len(str(self._steps))
-            print(f"step {step:{width}d}/{self._steps}", *parts, sep="  ", flush=True)
+            self.say("  ".join([f"step {step:{len(str(self._steps))}d}/{self._steps}", *parts]))
 
     def close(self) -> None:
         """Ends the live line."""

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from layers.stack import to_list, to_stacked
 
 import sharding
 import zoo
@@ -165,8 +164,8 @@ def make_step(program: Program) -> Callable:
 
     def step(state, batch, signals):
         index, stop = jnp.max(signals[:, 0]), jnp.max(signals[:, 1])
-        key = jax.random.fold_in(jax.random.key(program.seed), index)
-        loss, weight, stats, gradients = differentiate(state["params"], batch, key)
+        loss, weight, stats, gradients = differentiate(
+            state["params"], batch, step_key(program, index))
         finite = jnp.stack([jnp.isfinite(loss), *(
             jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradients))])
         metrics = {
@@ -197,6 +196,11 @@ def make_step(program: Program) -> Callable:
         step, donate_argnums=0,
         in_shardings=(layout, program.batch_sharding, signal_sharding(program.mesh)),
         out_shardings=(layout, program.replicated))
+
+
+def step_key(program: Program, step: int | jax.Array) -> jax.Array:
+    """The key from which a step's microbatches and layers fold theirs."""
+    return jax.random.fold_in(jax.random.key(program.seed), step)
 
 
 def make_gradients(program: Program, definition) -> Callable:
@@ -295,8 +299,9 @@ def abstract_step(
                 optimizer=optimizer or Optimizer(), accumulate=accumulate, dtype=dtype,
                 compute_dtype=compute_dtype, ema=ema, remat=remat, stacked=stacked)
     program.check_batch(batch_size)
-    batch = {name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=program.batch_sharding)
-             for name, dtype in lm.BATCH.items()}
+    batch = {name: jax.ShapeDtypeStruct((batch_size, seq_len), kind,
+                                        sharding=program.batch_sharding)
+             for name, kind in lm.BATCH.items()}
     signals = jax.ShapeDtypeStruct((mesh.size, 2), jnp.int32, sharding=signal_sharding(mesh))
     return make_step(program), (program.abstract_state(), batch, signals)
 
@@ -308,9 +313,14 @@ def save(checkpointer: checkpoint.Checkpointer, program: Program, state: State, 
          meta: Mapping[str, Any], wait: bool = False) -> None:
     """Saves the state, in the one layout there is on disk: stacked."""
     if not program.stacked:
-        layout = jax.tree.map(lambda x: x.sharding, program.abstract_state(stacked=True))
-        state = jax.jit(to_stacked, out_shardings=layout)(state)
+        state = _stack(program)(state)
     checkpointer.save(step, state, {**meta, "step": step}, wait=wait)
+
+
+@functools.lru_cache(maxsize=1)
+def _stack(program: Program) -> Callable[[State], State]:
+    layout = jax.tree.map(lambda x: x.sharding, program.abstract_state(stacked=True))
+    return jax.jit(zoo.protocol.to_stacked, out_shardings=layout)
 
 
 def restore(checkpointer: checkpoint.Checkpointer, program: Program, step: int | None = None
@@ -323,7 +333,7 @@ def restore(checkpointer: checkpoint.Checkpointer, program: Program, step: int |
 
 
 def _unstack(state: State, layout: State) -> State:
-    return jax.jit(to_list, out_shardings=layout)(state)
+    return jax.jit(zoo.protocol.to_list, out_shardings=layout)(state)
 
 
 def load_model(

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from recipes.optimizer import schedule
@@ -26,29 +25,25 @@ _SHOWN = 5
 _FREE = ("format_version", "data.spec", "tokenizer.name", "training.steps")
 
 
-def open_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Makes the directory, or checks that it holds the run that `record` describes.
-
-    Raises:
-      ValueError: it holds another run; the message lists the differences.
-      OSError: it cannot be made or written.
-    """
+def check_config(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raises ValueError if the directory holds another run than the one `record` describes."""
     path = folder / "config.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            raise ValueError(f"{path} cannot be read as JSON; restore it, or give another "
-                             "--workdir") from None
-        check_same(folder, old, record)
-    write_json(path, {"format_version": _FORMAT_VERSION, **record})
+    if not path.exists():
+        return
+    try:
+        old = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is not JSON; restore it, or give another --workdir") from None
+    check_same(folder, old, record)
+
+
+def write_config(folder: Path, record: Mapping[str, Any]) -> None:
+    """Writes what `check_config` compares."""
+    write_json(folder / "config.json", {"format_version": _FORMAT_VERSION, **record})
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all; process 0 alone."""
-    if jax.process_index():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file whole or not at all."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
     os.replace(part, path)
@@ -68,12 +63,15 @@ def check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
 
 
 def check_steps(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any], done: int) -> None:
-    """Raises ValueError if another number of steps would have given other learning rates so far.
+    """Raises ValueError if the number of steps cannot change as it does from one record to another.
 
-    `done` steps are those behind the checkpoint.
+    After `done` steps it cannot fall below them, and the learning rates so far must be the same.
     """
     before, after = old["training"], new["training"]
-    if before["steps"] == after["steps"] or not done:
+    if after["steps"] < done:
+        raise ValueError(f"{folder} has {done} steps behind it already, more than --steps="
+                         f"{after['steps']}; give more steps, or another --workdir")
+    if before["steps"] == after["steps"]:
         return
 
     def rates(training):

@@ -163,7 +163,8 @@ def lookup(table: jax.Array, ids: jax.Array, *out: str | None) -> jax.Array:
     if _explicit(mesh):
         table = jax.sharding.reshard(table, P(None, None))
         layout = spec(*out, shape=ids.shape + table.shape[1:])
-        return table.at[ids].get(mode="clip", out_sharding=layout)
+        # `get` would count a negative id from the end, whatever the mode; `take` does not.
+        return table.at[jnp.maximum(ids, 0)].get(mode="clip", out_sharding=layout)
     return constrain(jnp.take(table, ids, axis=0, mode="clip"), *out)
 
 

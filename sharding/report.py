@@ -228,10 +228,9 @@ def analyse(
 def gpu_architectures(compiled: jax.stages.Compiled) -> set[str]:
     """Architectures of the GPU binaries in a program compiled for described GPUs: {"sm_90a"}.
 
-    XLA falls back to generic code without a word where it does not know a chip, so that a program
-    compiled is not yet one compiled for the chip. This reads each embedded binary: the
-    architecture that the assembler noted, or the number in the ELF header where it noted none. A
-    program of library calls alone has no binaries: the set is empty.
+    That a program compiles does not show what for. This reads each embedded binary, XLA's own and
+    those of Pallas kernels: the architecture that the assembler noted, or the number in the ELF
+    header where it noted none. A program of library calls alone has no binaries: the set is empty.
 
     Raises:
       ValueError: the executable is stored in a form that this does not read.
@@ -544,7 +543,7 @@ class _Program:
                 if trips is None:
                     self._unknown_loops += 1
                 self._visit(i.attribute("body"), times * (1 if trips is None else trips))
-            elif opcode == "fusion":
+            elif opcode in ("fusion", "fusion-start"):
                 for called in i.called():
                     self._fused(called, times)
             elif opcode == "custom-call":
@@ -555,7 +554,7 @@ class _Program:
                     self._visit(called, times)
 
     def _fused(self, name: str, times: int) -> None:
-        """Collectives inside a fusion."""
+        """Collectives and kernels inside a fusion."""
         body = self.computations[name]
         for i in self._communicates[name]:
             if _channel(i) in self._stepped and not _starts(body):
@@ -564,7 +563,9 @@ class _Program:
             scatters = name.startswith("all-reduce-scatter")
             self._collective(name, i, "reduce-scatter" if scatters else _kind(i.opcode), times)
         for i in body.values():
-            if i.opcode == "fusion":
+            if i.opcode == "custom-call":
+                self._custom_call(i, times)
+            elif i.opcode == "fusion":
                 for called in i.called():
                     self._fused(called, times)
 
@@ -673,7 +674,7 @@ class _Program:
     def _traffic(self, name: str, i: _Instruction) -> int:
         body = self.computations[name]
         operands = [body[o] for o in i.operands if o in body]
-        if i.opcode == "fusion" or i.opcode == "fusion-start":
+        if i.opcode in ("fusion", "fusion-start"):
             called = i.called()[0]
             return self._written(called, _result(i)) + sum(
                 self._read(called, number, operand.shape) for number, operand in enumerate(operands)

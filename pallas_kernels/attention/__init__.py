@@ -1,7 +1,7 @@
 """Softmax attention over a whole (packed) sequence.
 
-Why it is an op: the scores are T x T, and holding them costs memory quadratic in T. Here no more
-than one block of query rows is held at a time, forward and backward.
+Why it is an op: the scores are T x T, and holding them costs memory quadratic in T. Here they
+are made a block of query rows at a time, forward and backward, and none is kept between the two.
 """
 
 import jax
@@ -51,7 +51,7 @@ def attention(
 
     Returns:
       [B, T, H, V] in query's dtype. Scores, softmax and accumulation are float32. A row that
-      sees no key is the mean of the values.
+      sees no key is a mean of values: finite, without meaning.
 
     Raises:
       ValueError: shapes that do not fit together.

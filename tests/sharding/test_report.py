@@ -466,6 +466,12 @@ channel_id=1, source_target_pairs={{0,2},{2,4},{4,6},{6,0},{1,3},{3,5},{5,7},{7,
 
 def test_kernels_and_library_calls_are_listed():
     text = """
+%with_its_input (x.1: f32[8]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  %twice = f32[8]{0} add(%x.1, %x.1)
+  ROOT %rms_norm.2 = f32[8]{0} custom-call(%twice), custom_call_target="tpu_custom_call"
+}
+
 %body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
   %s = (s32[], f32[8]{0}) parameter(0)
   %i = s32[] get-tuple-element(%s), index=0
@@ -486,7 +492,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %state = (s32[], f32[8]{0}) tuple(%zero, %p)
   %loop = (s32[], f32[8]{0}) while(%state), condition=%condition, body=%body, \
 backend_config={"known_trip_count":{"n":"4"}}
-  %y = f32[8]{0} get-tuple-element(%loop), index=1
+  %z = f32[8]{0} get-tuple-element(%loop), index=1
+  %y = f32[8]{0} fusion(%z), kind=kCustom, calls=%with_its_input
   %mpmd_map.3 = f32[8]{0} custom-call(%y), custom_call_target="mosaic_gpu_v2", \
 metadata={op_name="jit(f)/shard_map/flash_attention/mpmd_map"}
   %buffer = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
@@ -496,6 +503,7 @@ metadata={op_name="jit(f)/shard_map/flash_attention/mpmd_map"}
     calls = analyse(Program(text), mesh("data:8")).custom_calls
     assert {(c.target, c.name): c.count for c in calls} == {
         ("tpu_custom_call", "mlstm_chunk"): 4,
+        ("tpu_custom_call", "rms_norm"): 1,
         ("mosaic_gpu_v2", "flash_attention"): 1,
         ("__cublas$lt$matmul", ""): 1,
     }
@@ -526,7 +534,9 @@ ENTRY %main (p: f32[10,64], i: s32[], v: f32[64]) -> f32[10,64] {
   %p = f32[10,64]{1,0} parameter(0)
   %i = s32[] parameter(1)
   %v = f32[64]{0:T(128)} parameter(2)
-  %fast = f32[64]{0:T(128)S(1)} fusion(%p, %i, %v), kind=kLoop, calls=%slices
+  %begin = ((f32[10,64]{1,0}, s32[], f32[64]{0}), f32[64]{0:T(128)S(1)}, u32[]) \
+fusion-start(%p, %i, %v), kind=kLoop, calls=%slices
+  %fast = f32[64]{0:T(128)S(1)} fusion-done(%begin)
   ROOT %r = f32[10,64]{1,0} fusion(%p, %fast, %i), kind=kLoop, calls=%updates
 }
 """

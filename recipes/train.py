@@ -1,0 +1,149 @@
+"""Trains a model on text, and goes on with a run that was stopped.
+
+  python -m recipes.train --model=llama-tiny --data=stdlib --steps=300 --workdir=runs/a
+
+The same command with the same --workdir resumes, and gives the numbers of a run that never
+stopped. Known experiments are in recipes/flags:
+
+  python -m recipes.train --flagfile=recipes/flags/llama_tiny_stdlib.flags --workdir=runs/demo
+"""
+
+import os
+from pathlib import Path
+
+import jax
+from absl import flags
+
+import sharding
+import zoo
+from recipes import command, loop, optimizer, processes, training
+from recipes.tasks.lm import LanguageModel
+
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parazoo"
+
+with command.group("Model"):
+    _MODEL = flags.DEFINE_string("model", "llama-tiny", "A name in zoo.list().")
+    _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE replaces a field of the model's "
+                                     "config, as num_layers=6 or attention.window=512. Repeatable.")
+    _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"],
+                               "Of the parameters that are kept: float32 or bfloat16.")
+    _COMPUTE_DTYPE = flags.DEFINE_enum(
+        "compute_dtype", None, ["float32", "bfloat16"],
+        "Of the computation; left out, float32 on CPU and bfloat16 elsewhere.")
+    _REMAT = flags.DEFINE_enum("remat", "none", ["none", "dots", "full"],
+                               "What the backward pass computes again: none, all but matrix "
+                               "products (dots), or all (full). Costs time, saves memory.")
+    _STACKED = flags.DEFINE_enum("stacked", "auto", ["auto", "true", "false"],
+                                 "Layers as one scanned stack (true) or a list (false); auto: a "
+                                 "list on CPU, where it is faster.")
+
+with command.group("Data"):
+    _DATA = flags.DEFINE_string("data", "stdlib", "stdlib (the source of Python's standard "
+                                "library), or files, directories and globs with commas between: "
+                                ".txt and other text, .jsonl, or one .bin of token ids.")
+    _TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "bytes, or a tokenizer.json.")
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of a step, over all devices.")
+    _SEQ_LEN = flags.DEFINE_integer("seq_len", 256, "Tokens of a row.")
+    _HELDOUT = flags.DEFINE_float("heldout", 0.05, "The part of the documents to hold out.")
+
+with command.group("Optimization"):
+    _STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the whole run.")
+    _SEED = flags.DEFINE_integer("seed", 0, "Of parameters, dropout and the order of examples.")
+    _OPTIMIZER = flags.DEFINE_string("optimizer", "adamw", "adamw, lion, or muon (with AdamW for "
+                                     "what is no matrix of a block).")
+    _LEARNING_RATE = flags.DEFINE_float(
+        "learning_rate", None, "The peak; left out, "
+        + ", ".join(f"{rate} for {name}" for name, rate in optimizer.LEARNING_RATES.items()) + ".")
+    _ADAM_LEARNING_RATE = flags.DEFINE_float("adam_learning_rate", 3e-3,
+                                             "The peak of muon's AdamW part.")
+    _SCHEDULE = flags.DEFINE_string("schedule", "cosine", "After the warm-up: cosine or linear to "
+                                    "0, wsd (constant, then linear to 0), or constant.")
+    _WARMUP = flags.DEFINE_integer("warmup_steps", 50, "Steps up to the peak.")
+    _WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "On matrices, times the learning rate.")
+    _GRAD_CLIP = flags.DEFINE_float("grad_clip", 1.0, "Largest gradient norm; 0 for any.")
+    _ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "Microbatches a step is computed in.")
+    _EMA = flags.DEFINE_float("ema", 0.0, "Decay of an average of the parameters, which is then "
+                              "what is evaluated and decoded; 0 for none.")
+    _Z_LOSS = flags.DEFINE_float("z_loss", 0.0, "Coefficient of log(Z)^2 in the loss.")
+
+with command.group("Run"):
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics.jsonl and loss.png "
+                                   "go. Needed.")
+    _LOG_EVERY = flags.DEFINE_integer("log_every", 10, "Steps between log entries.")
+    _EVAL_EVERY = flags.DEFINE_integer("eval_every", 200, "Steps between evaluations; 0: at the "
+                                       "end alone.")
+    _EVAL_BATCHES = flags.DEFINE_integer("eval_batches", 16, "About how many they take.")
+    _FINAL_EVAL_BATCHES = flags.DEFINE_integer("final_eval_batches", 1000,
+                                               "About how many the last one takes, at most.")
+    _SAVE_EVERY = flags.DEFINE_integer("save_every", 500, "Steps between checkpoints; 0: at the "
+                                       "end alone.")
+    _KEEP_LAST = flags.DEFINE_integer("keep_last", 3, "How many of the newest stay.")
+    _KEEP_EVERY = flags.DEFINE_integer("keep_every", 0, "Those of steps divisible by this stay "
+                                       "too; 0: none.")
+    _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST profiles these steps, as 10:15.")
+    _COMPILE_CACHE = flags.DEFINE_string("compile_cache", str(_CACHE / "jax"),
+                                         "Where compiled programs are kept; empty for nowhere.")
+
+with command.group("Devices"):
+    _MESH = flags.DEFINE_string("mesh", "", "AXIS:SIZE of data, fsdp and tensor, with commas "
+                                "between, as fsdp:4,tensor:2; -1 for the rest. Left out: all on "
+                                "fsdp.")
+    _RULES = flags.DEFINE_string("rules", "fsdp_tp", "How models lie over the mesh: dp, fsdp, tp, "
+                                 "or fsdp_tp.")
+    _EXPLICIT = flags.DEFINE_bool("explicit_axes", False, "Takes jax's Explicit axis types.")
+    _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of a job of "
+                                       "several; auto on a cluster that jax knows.")
+    _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the job.")
+    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
+
+
+def main() -> None:
+    """Trains as the flags say."""
+    if not _WORKDIR.value:
+        raise ValueError("--workdir is needed, such as --workdir=runs/a: the run is kept there")
+    config = zoo.config(_MODEL.value, **command.settings(_SET.value))
+    rules = sharding.rules(_RULES.value)
+    updates = optimizer.Optimizer(
+        name=_OPTIMIZER.value, learning_rate=_LEARNING_RATE.value,
+        adam_learning_rate=_ADAM_LEARNING_RATE.value, schedule=_SCHEDULE.value,
+        warmup_steps=_WARMUP.value, steps=_STEPS.value, weight_decay=_WEIGHT_DECAY.value,
+        grad_clip=_GRAD_CLIP.value or None)
+    schedule = loop.Schedule(
+        steps=_STEPS.value, log_every=_LOG_EVERY.value, eval_every=_EVAL_EVERY.value,
+        save_every=_SAVE_EVERY.value, keep_last=_KEEP_LAST.value,
+        keep_every=_KEEP_EVERY.value or None, profile=_profiled(_PROFILE.value))
+    _keep_compiled(_COMPILE_CACHE.value)
+    processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    mesh = sharding.mesh(_MESH.value, explicit=_EXPLICIT.value)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    task = LanguageModel(
+        config, data=_DATA.value, tokenizer=_TOKENIZER.value, seq_len=_SEQ_LEN.value,
+        batch_size=_BATCH_SIZE.value, seed=_SEED.value, heldout=_HELDOUT.value,
+        z_loss=_Z_LOSS.value, eval_batches=_EVAL_BATCHES.value,
+        final_eval_batches=_FINAL_EVAL_BATCHES.value, cache_dir=_CACHE / "corpus")
+    program = training.Program(
+        config=config, mesh=mesh, rules=rules, loss=task.loss, optimizer=updates,
+        seed=_SEED.value, accumulate=_ACCUMULATE.value, dtype=_DTYPE.value,
+        compute_dtype=_COMPUTE_DTYPE.value or ("float32" if on_cpu else "bfloat16"),
+        ema=_EMA.value or None, remat=_REMAT.value,
+        stacked=None if _STACKED.value == "auto" else _STACKED.value == "true")
+    loop.train(program, task, _BATCH_SIZE.value, schedule, Path(_WORKDIR.value))
+
+
+def _profiled(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit()):
+        raise ValueError(f"--profile={text}: it must be FIRST:LAST, as in --profile=10:15")
+    return int(first), int(last)
+
+
+def _keep_compiled(folder: str) -> None:
+    """Turns on jax's cache of compiled programs, unless its environment variable already has."""
+    if folder and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+if __name__ == "__main__":
+    command.run(main)
