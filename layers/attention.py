@@ -254,6 +254,7 @@ class AttentionMixer(nnx.Module):
         repeat = self.config.num_heads // self.config.num_kv_heads
         if sharding.shards("kv_heads") != sharding.shards("heads") and repeat > 1:
             # Heads are spread wider than key heads: each shard needs its own copy of its keys.
+            k, v = (sharding.constrain(x, "batch", "seq", None, "head_dim") for x in (k, v))
             k, v = (jnp.repeat(x, repeat, axis=2) for x in (k, v))
             k, v = (sharding.constrain(x, "batch", "seq", "heads", "head_dim") for x in (k, v))
         rules = sharding.ambient_rules()

@@ -55,6 +55,7 @@ class Stack(nnx.Module):
         self.tail = group(self.groups * self.period, num_layers % self.period)
         if not stacked:
             self.layers = nnx.List([group(g * self.period) for g in range(self.groups)])
+        if not stacked or not self.groups:
             return
         graph = []
 

@@ -28,7 +28,7 @@ class Optimizer:
         last fifth), or constant.
       warmup_steps: steps in which the learning rate climbs from 0 to its peak.
       steps: of the whole run.
-      weight_decay: times the learning rate, on matrices only (see `decays`).
+      weight_decay: times the learning rate, on matrices only (see `decays`); with muon on its own.
       grad_clip: gradients of a larger global norm are scaled down to it; None: not.
     """
 
@@ -78,8 +78,7 @@ class Optimizer:
                 rates, adam_b1=0.9, adam_b2=0.95,
                 adam_learning_rate=schedule(self.schedule, self.adam_learning_rate, self.steps,
                                             self.warmup_steps),
-                weight_decay=self.weight_decay, adam_weight_decay=self.weight_decay,
-                weight_decay_mask=decay_mask,
+                weight_decay=self.weight_decay, weight_decay_mask=decay_mask,
                 muon_weight_dimension_numbers=map_axes(muon_dimensions, axes))
         if self.grad_clip is None:
             return update

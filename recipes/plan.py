@@ -13,6 +13,7 @@ its own (make aot sets one up).
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -35,6 +36,7 @@ from zoo.decode import loop
 GIB = 1 << 30
 # A second compile, to say what rematerialisation would change, is worth at most this long a wait.
 SECOND_COMPILE_SECONDS = 75
+DECODE_ADVICE = "a wider tensor axis, a smaller --batch_size or a shorter --seq_len"
 
 with command.group("What"):
     MODEL = flags.DEFINE_string("model", None, "A preset; zoo.list() names them.")
@@ -68,12 +70,15 @@ def _in_child() -> bool:
 def _run_child() -> None:
     """Compiles in a process of its own: compilers can end the one they run in."""
     done = subprocess.run([sys.executable, "-m", "recipes.plan", *sys.argv[1:]],
-                          env={**os.environ, **topology.child_env()})
+                          env={**os.environ, **topology.child_env()}, stderr=subprocess.PIPE,
+                          text=True)
+    if not done.returncode:
+        return  # Compilers chat on stderr even when all is well.
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    print(told[-1] if told else done.stderr, file=sys.stderr)
     if done.returncode < 0:
-        raise RuntimeError(f"the compiler ended with signal {-done.returncode}; "
-                           "see what it printed above")
-    if done.returncode:
-        sys.exit(done.returncode)
+        raise RuntimeError(f"the compiler ended with signal {-done.returncode}")
+    sys.exit(done.returncode)
 
 
 def _compile_train(config: Any, mesh, rules, remat: str):
@@ -98,6 +103,47 @@ def _compile_decode(config: Any, mesh, rules, chunk: int):
         return lowered.compile(), params, arguments[2]
 
 
+def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[float, float]:
+    """(needed, available) bytes, where a compiler gave up because a program does not fit."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
+                      str(error))
+    if found is None:
+        raise error
+    scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    return float(found[1]) * scale[found[2]], float(found[3]) * scale[found[4]]
+
+
+def _with_remat(config: Any, machine: topology.Topology, mesh, rules) -> str:
+    """What --remat=full would change."""
+    try:
+        compiled, _ = _compile_train(config, mesh, rules, "full")
+    except jax.errors.JaxRuntimeError as error:
+        needed, _ = _out_of_memory(error)
+        return f"--remat=full still needs {needed / GIB:.1f} GiB"
+    memory = report.analyse(compiled, mesh, machine).memory
+    return f"--remat=full needs {memory.total / GIB:.1f} GiB" + (
+        ", which fits" if memory.fits else "")
+
+
+def _too_large(config: Any, machine: topology.Topology, mesh, rules,
+               error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
+    """The result where the compiler itself found that the step does not fit."""
+    needed, available = _out_of_memory(error)
+    advice = []
+    if MODE.value == "train":
+        if REMAT.value != "full":
+            advice.append(_with_remat(config, machine, mesh, rules))
+        advice += _training_advice(None)
+    else:
+        advice.append(DECODE_ADVICE)
+    return {
+        "model": MODEL.value, "mode": MODE.value, "topology": machine.name,
+        "mesh": dict(mesh.shape), "rules": RULES.value, "batch_size": BATCH_SIZE.value,
+        "seq_len": SEQ_LEN.value, "advice": advice,
+        "memory": {"total": needed, "capacity": available, "fits": False},
+    }
+
+
 def _shard_bytes(tree: Any) -> int:
     """Bytes of one device's shards."""
     return sum(jnp.dtype(x.dtype).itemsize * _product(x.sharding.shard_shape(x.shape))
@@ -120,10 +166,9 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
         memory, seconds = found.memory, time.perf_counter() - started
         if not memory.fits:
             if REMAT.value != "full" and seconds < SECOND_COMPILE_SECONDS:
-                other = report.analyse(_compile_train(config, mesh, rules, "full")[0], mesh,
-                                       machine).memory
-                advice.append(f"--remat=full needs {other.total / GIB:.1f} GiB"
-                              + (", which fits" if other.fits else ""))
+                advice.append(_with_remat(config, machine, mesh, rules))
+            elif REMAT.value != "full":
+                advice.append("--remat=full: far fewer activations, a third more FLOPs")
             advice += _training_advice(memory)
     else:
         # Memory is that of the whole engine; a token's costs are those of its loop alone.
@@ -135,7 +180,7 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
                                flops=flops, hbm_bytes=moved)
         seconds = time.perf_counter() - started
         if not memory.fits:
-            advice.append("a wider tensor axis, a smaller --batch_size or a shorter --seq_len")
+            advice.append(DECODE_ADVICE)
     roof = found.roofline
     assert roof is not None
     bound = max(roof.compute_seconds or 0.0, roof.memory_seconds, roof.collective_seconds)
@@ -171,13 +216,14 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
     }
 
 
-def _training_advice(memory: report.Memory) -> list[str]:
+def _training_advice(memory: report.Memory | None) -> list[str]:
     advice = []
-    if memory.temporaries > memory.arguments:
+    if memory is None or memory.temporaries > memory.arguments:
         advice += [f"--accumulate={2 * ACCUMULATE.value} halves the activations",
                    "a smaller --batch_size, or a shorter --seq_len"]
-    advice.append("more devices on fsdp or tensor: parameters and optimiser take "
-                  f"{memory.arguments / GIB:.1f} GiB of each")
+    taken = "" if memory is None else (
+        f": parameters and optimiser take {memory.arguments / GIB:.1f} GiB of each")
+    advice.append("more devices on fsdp or tensor" + taken)
     if (DTYPE.value or "float32") == "float32":
         advice.append("--dtype=bfloat16 halves the parameters")
     return advice
@@ -199,9 +245,10 @@ def _print(result: dict[str, Any]) -> None:
                   f"{result['rules']}): {what}, batch {result['batch_size']} x "
                   f"{result['seq_len']} tokens")
     table = Table(show_header=False, box=None, pad_edge=False)
-    memory, roof = result["memory"], result["roofline"]
-    table.add_row("parameters", f"{result['parameters']:,}")
-    if result["replicated_because_uneven"]:
+    memory, roof = result["memory"], result.get("roofline")
+    if "parameters" in result:
+        table.add_row("parameters", f"{result['parameters']:,}")
+    if result.get("replicated_because_uneven"):
         table.add_row("replicated", ", ".join(result["replicated_because_uneven"])
                       + ": does not divide over the mesh")
     room = memory["capacity"] - memory["total"]
@@ -210,10 +257,15 @@ def _print(result: dict[str, Any]) -> None:
     table.add_row("memory of a device", f"{memory['total'] / GIB:.2f} of "
                   f"{memory['capacity'] / GIB:.1f} GiB: {verdict}")
     for name in ("arguments", "outputs", "aliases", "temporaries"):
+        if name not in memory:  # The compiler gave up before it laid memory out.
+            continue
         sign = "-" if name == "aliases" else "+"
         table.add_row(f"  {sign} {name}", f"{memory[name] / GIB:.2f} GiB")
     for line in result["advice"]:
         table.add_row("  would help", line)
+    if roof is None:
+        console.print(table)
+        return
     table.add_row("model FLOPs", f"{_units(result['flops_per_step'], 'FLOP')} a step, "
                   f"{_units(roof['flops'], 'FLOP')} a device")
     table.add_row("memory traffic", f"{_units(roof['hbm_bytes'], 'B')} a device"
@@ -258,7 +310,11 @@ def main() -> None:
     if not _in_child():
         _run_child()
         return
-    result = plan(config, machine, machine.mesh(axes), sharding.rules(RULES.value))
+    mesh, rules = machine.mesh(axes), sharding.rules(RULES.value)
+    try:
+        result = plan(config, machine, mesh, rules)
+    except jax.errors.JaxRuntimeError as error:
+        result = _too_large(config, machine, mesh, rules, error)
     if JSON.value:
         print(json.dumps(result, indent=1))
     else:

@@ -210,8 +210,8 @@ def test_conversion_leaves_other_trees_alone():
 
 
 def test_more_than_ten_groups_keep_their_order():
-    params = {"layers": {str(i): {"w": np.full(2, i)} for i in range(12)}}
-    assert to_stacked(params)["blocks"]["w"][:, 0].tolist() == list(range(12))
+    params = {"layers": {str(i): {"0": {"w": np.full(2, i)}} for i in range(12)}}
+    assert to_stacked(params)["blocks"]["0"]["w"][:, 0].tolist() == list(range(12))
     assert_close(to_list(to_stacked(params)), params, tol=0)
 
 
