@@ -144,9 +144,9 @@ class KVCache(State):
         return self.write(*update)
 
     def write(self, key, value, position, valid, length) -> Self:
-        """Stores rows [..., B, W, G, K], [..., B, W, G, V] where `valid`, at `position` [..., B, W].
+        """Stores keys [..., B, W, G, K] and values [..., B, W, G, V] at `position` [..., B, W].
 
-        The leading axis is the layers' in a stack. The valid positions of one request are
+        Only those of `valid` [..., B, W] are stored. The leading axis is the layers' in a stack. The valid positions of one request are
         distinct and lie within S of each other.
         """
         batch, width = position.shape[-2:]
@@ -154,8 +154,8 @@ class KVCache(State):
             store = functools.partial(self._update_slices, position % self.slots, valid)
         else:
             # A slot past the end is dropped; the offsets keep dropped indices distinct.
-            outside = self.slots + jnp.arange(width)
-            store = functools.partial(self._scatter, jnp.where(valid, position % self.slots, outside))
+            slot = jnp.where(valid, position % self.slots, self.slots + jnp.arange(width))
+            store = functools.partial(self._scatter, slot)
         return dataclasses.replace(
             self,
             key=store(self.key, jnp.swapaxes(key, -3, -2)),

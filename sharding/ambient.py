@@ -235,7 +235,8 @@ def local(op: Callable, *operands: Any, rules: Rules | None = None, **options: A
         return rules.spec(*axes, mesh=mesh, shape=shape)
 
     if len(operands) != len(op.dims.operands):
-        raise TypeError(f"{op.__name__} takes {len(op.dims.operands)} operands, not {len(operands)}")
+        raise TypeError(
+            f"{op.__name__} takes {len(op.dims.operands)} operands, not {len(operands)}")
     present = [i for i, x in enumerate(operands) if x is not None]
     in_specs = tuple(layout(op.dims.operands[i], operands[i].shape) for i in present)
     # What stays whole in the operands because it does not divide is whole in the results too.

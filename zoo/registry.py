@@ -79,8 +79,8 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     for head, inner in nested.items():
         child = changes.get(head, getattr(config, head))
         if not dataclasses.is_dataclass(child):
-            raise ValueError(
-                f"{head!r} is {child!r}, which has no fields; cannot set {head}.{next(iter(inner))}")
+            raise ValueError(f"{head!r} is {child!r}, which has no fields; cannot set "
+                             f"{head}.{next(iter(inner))}")
         changes[head] = override(child, inner)
     return dataclasses.replace(config, **changes)
 

@@ -181,8 +181,9 @@ def abstract_run(model, batch: int, capacity: int, drafter: Drafter | None = Non
     progress = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes, start.compile().output_shardings)
-    settings = jax.tree.map(lambda x: given(x.shape, x.dtype),
-                            jax.eval_shape(lambda: (sampling.request(batch), stop.automaton((), ()))))
+    settings = jax.tree.map(
+        lambda x: given(x.shape, x.dtype),
+        jax.eval_shape(lambda: (sampling.request(batch), stop.automaton((), ()))))
     return params, (), progress, *settings, given((batch,), jnp.int32)
 
 

@@ -1,0 +1,255 @@
+"""Presets by name, overrides by path, configs as data, and models built where they live."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sharding
+import zoo
+from layers.attention import Attention
+from layers.norm import Norm
+from layers.rope import Llama3Scaling, Rope, YarnScaling
+from layers.stack import to_stacked
+from tests import tiny
+from tests.tolerances import assert_close
+from zoo import protocol
+from zoo.transformer import Transformer
+
+PRESETS = pytest.mark.parametrize("name", zoo.list())
+
+
+def test_names():
+    assert zoo.list() == [
+        "llama-tiny", "llama-60m", "gpt2", "llama3-8b", "llama3-70b", "qwen2.5-7b", "qwen3-0.6b",
+        "qwen3-8b", "mistral-7b",
+    ]
+
+
+@PRESETS
+def test_configs_are_values(name):
+    config = zoo.config(name)
+    assert config == zoo.config(name)
+    assert hash(config) == hash(zoo.config(name))
+    assert config.max_length >= 1024
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.width = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("llama3_8b", "llama3-8b"), ("gpt-2", "gpt2"), ("qwen3-0.6B", "qwen3-0.6b"),
+     ("mistral7b", "mistral-7b")],
+)
+def test_unknown_name(name, near):
+    for door in (zoo.config, zoo.build):
+        with pytest.raises(ValueError, match=f"unknown model '{name}'; did you mean '{near}'"):
+            door(name)
+
+
+def test_name_like_nothing():
+    with pytest.raises(ValueError, match="unknown model 'zzz'; known: gpt2, llama-60m"):
+        zoo.config("zzz")
+
+
+def test_overrides():
+    config = zoo.config(
+        "qwen3-8b", num_layers=3, dropout=0, tie_embeddings="True",
+        **{"attention.window": "1_024", "attention.rope.theta": "5e5", "attention.qk_norm": None,
+           "mlp.activation": "gelu", "norm.eps": "1e-3", "attention.softcap": 30,
+           "attention.v_head_dim": 64.0})  # fmt: skip
+    assert config.num_layers == 3
+    assert config.tie_embeddings is True
+    assert config.attention.window == 1024
+    assert config.attention.rope == Rope(5e5)
+    assert config.attention.qk_norm is None
+    assert config.attention.softcap == 30.0
+    assert isinstance(config.attention.softcap, float)
+    assert config.attention.v_head_dim == 64
+    assert isinstance(config.attention.v_head_dim, int)
+    assert (config.mlp.activation, config.norm.eps) == ("gelu", 1e-3)
+    # What is not named stays.
+    assert config.attention.num_kv_heads == 8
+    assert config.vocab_size == 151936
+
+
+def test_overrides_take_whole_dataclasses_and_none():
+    config = zoo.config("llama3-8b", **{
+        "attention.rope": Rope(1e4, Llama3Scaling()), "attention.rope.theta": 2e4})
+    assert config.attention.rope == Rope(2e4, Llama3Scaling())
+    assert zoo.config("mistral-7b", **{"attention.window": "none"}).attention.window is None
+
+
+def test_overrides_apply_together():
+    """Two changes that are only valid together."""
+    config = zoo.config("gpt2", **{"attention.num_heads": 7, "attention.num_kv_heads": 7})
+    assert config.attention.num_heads == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_layer": 2}, "transformer has no field 'num_layer'; did you mean 'num_layers'"),
+        ({"attention.windw": 2}, "attention has no field 'windw'; did you mean 'window'"),
+        ({"width.x": 2}, "'width' is 768, which has no fields; cannot set width.x"),
+        ({"attention.rope.theta": 2}, "'rope' is None, which has no fields; cannot set rope.theta"),
+        ({"num_layers": "two"}, "num_layers is 'two'; it must be int"),
+        ({"num_layers": 2.5}, "num_layers is 2.5; it must be int"),
+        ({"num_layers": True}, "num_layers is True; it must be int"),
+        ({"num_layers": None}, "num_layers cannot be none; it is a int"),
+        ({"tie_embeddings": "yes"}, "tie_embeddings is 'yes'; it must be bool"),
+        ({"attention.window": "wide"}, "window is 'wide'; it must be int or NoneType"),
+        ({"mlp": 3}, "mlp is 3; it must be Mlp"),
+        ({"attention": Norm()}, "attention is Norm.*it must be Attention"),
+        ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
+        ({"attention.num_kv_heads": 5}, "num_heads is 12, which does not divide by .* = 5"),
+        ({"dropout": 1.0}, r"dropout is 1.0; it must be in \[0, 1\)"),
+        ({"mlp.activation": "swish"}, "mlp.activation is 'swish'; it must be one of"),
+    ],
+)
+def test_refused_overrides(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.config("gpt2", **overrides)
+
+
+@PRESETS
+def test_round_trip(name):
+    data = json.loads(json.dumps(zoo.to_dict(zoo.config(name))))
+    assert data["type"] == "Transformer"
+    assert zoo.from_dict(data) == zoo.config(name)
+
+
+def test_round_trip_of_every_option():
+    for scaling in (Llama3Scaling(32.0), YarnScaling(8.0, original_length=4096)):
+        attention = Attention(4, 2, 8, 6, Rope(1e6, scaling), 3, 1e-5, 20.0, 0.1, True, True)
+        config = zoo.config("gpt2", attention=attention)
+        assert zoo.from_dict(json.loads(json.dumps(zoo.to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "Transfomer"}, "unknown config type 'Transfomer'; did you mean 'Transformer'"),
+        ({"type": None}, "unknown config type None"),
+        ({"widht": 3}, "Transformer has no field 'widht'; did you mean 'width'"),
+        ({"width": 0}, "width is 0; it must be at least 1"),
+    ],
+)
+def test_refused_data(change, message):
+    with pytest.raises(ValueError, match=message):
+        zoo.from_dict({**zoo.to_dict(zoo.config("gpt2")), **change})
+
+
+def test_data_that_lacks_a_field():
+    data = zoo.to_dict(zoo.config("gpt2"))
+    del data["mlp"]["hidden"]
+    with pytest.raises(ValueError, match="Mlp lacks the field 'hidden'"):
+        zoo.from_dict(data)
+
+
+def params(*args, **options):
+    return protocol.split(zoo.build(*args, **options))[1]
+
+
+def test_seed():
+    config = tiny.config("qwen2.5-7b")
+    first = params(config, seed=3)
+    assert_close(params(config, seed=3), first, tol=0)
+    other = params(config, seed=4)
+    drawn = jax.tree.map(lambda x, y: bool((x != y).any()), first, other)
+    assert drawn["embed"]["table"] and drawn["head"]
+    assert drawn["stack"]["layers"]["0"]["0"]["mixer"]["query"]["kernel"]
+    assert not drawn["norm"]["scale"]
+    # No two matrices of one shape are equal, within a layer or between layers.
+    layer, next_layer = first["stack"]["layers"]["0"]["0"], first["stack"]["layers"]["1"]["0"]
+    assert (layer["mlp"]["gate"]["kernel"] != layer["mlp"]["up"]["kernel"]).any()
+    assert (layer["mixer"]["key"]["kernel"] != layer["mixer"]["value"]["kernel"]).any()
+    assert (layer["mlp"]["up"]["kernel"] != next_layer["mlp"]["up"]["kernel"]).any()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_refused_seed(seed):
+    with pytest.raises(ValueError, match=f"seed is {seed}; it must be from 0 to 2"):
+        zoo.build(tiny.config("gpt2"), seed=seed)
+
+
+def test_dtype():
+    config, batch = tiny.config("qwen3-8b"), tiny.batch(40, rows=2)
+    model = zoo.build(config, dtype=jnp.bfloat16)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(protocol.split(model)[1]))
+    output = model(batch)
+    assert output.hidden.dtype == jnp.bfloat16
+    assert output.logits.dtype == jnp.float32
+    # The same numbers, rounded.
+    assert_close(protocol.split(model)[1], params(config), tol=1e-2)
+    definition, full = protocol.split(zoo.build(config))
+    cast = protocol.merge(definition, protocol.cast(full, jnp.bfloat16))
+    assert_close(cast(batch).logits, output.logits, tol=0.05)
+    for dtype in (jnp.int32, jnp.float16):
+        with pytest.raises(ValueError, match="parameters are float32 or bfloat16"):
+            zoo.build(config, dtype=dtype)
+
+
+def test_abstract():
+    """Shapes, dtypes and layouts of the real thing, at no cost."""
+    config, mesh = tiny.config("qwen3-8b"), sharding.mesh(tiny.MESH)
+    abstract = params(config, mesh=mesh, abstract=True, dtype=jnp.bfloat16)
+    real = params(config, mesh=mesh, dtype=jnp.bfloat16)
+
+    def kinds(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+
+    assert kinds(abstract) == kinds(real)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(abstract))
+    huge = zoo.build("llama3-70b", abstract=True)
+    assert protocol.num_params(huge) == 70_553_706_496
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+def test_parameters_do_not_depend_on_the_mesh(stacked):
+    config = tiny.config("qwen3-8b")
+    one = params(config, stacked=stacked)
+    mesh, rules = sharding.mesh(tiny.MESH), sharding.rules("fsdp_tp")
+    eight = params(config, mesh=mesh, rules=rules, stacked=stacked)
+    assert_close(eight, one, tol=0)
+    assert_close(to_stacked(one), params(config, stacked=True), tol=0)
+    kernel = to_stacked(eight)["stack"]["blocks"]["0"]["mlp"]["up"]["kernel"]
+    assert kernel.shape == (2, 32, 48)
+    assert kernel.addressable_shards[0].data.shape == (2, 16, 24)
+    assert eight["head"].addressable_shards[0].data.shape == (16, 20)
+
+
+def test_mesh_and_rules_default_to_the_ambient_ones():
+    config, mesh = tiny.config("gpt2"), sharding.mesh("tensor:2")
+    with sharding.use(mesh, sharding.rules("tp")):
+        ambient = params(config)
+    assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(ambient))
+    assert ambient["embed"]["table"].addressable_shards[0].data.shape == (20, 32)
+    alone = params(config)
+    assert all(x.sharding.device_set == {jax.devices()[0]} for x in jax.tree.leaves(alone))
+
+
+def test_form_follows_the_device():
+    """Lists of layers where the compiler copies slices of stacked weights: on a CPU."""
+    assert "layers" in params(tiny.config("gpt2"))["stack"]
+    assert "blocks" in params(tiny.config("gpt2"), stacked=True)["stack"]
+
+
+def test_sizes_that_do_not_divide():
+    mesh = sharding.mesh("tensor:8")
+    with pytest.raises(ValueError, match="kv_heads of size 2 does not divide .*tensor:8;.*kv_heads"):
+        zoo.build(tiny.config("llama3-8b", **{"attention.num_heads": 8}), mesh=mesh)
+
+
+def test_merge_inverts_split():
+    model = zoo.build(tiny.config("gpt2"))
+    definition, values = protocol.split(model)
+    hash(definition)
+    again = protocol.split(protocol.merge(definition, values))
+    assert again[0] == definition
+    assert_close(again[1], values, tol=0)
+    assert isinstance(protocol.merge(definition, values).config, Transformer)
+    assert np.all([isinstance(name, str) for name in values["stack"]["layers"]])
