@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 import sharding
 from layers.linear import Linear
@@ -95,6 +96,12 @@ class Attention:
         return projections + 2 * heads * (k + v) * seen
 
 
+def _row_major(x: jax.Array) -> jax.Array:
+    """Pins a cache's layout: left to itself, XLA's TPU back end writes in another one than it
+    reads, and copies the whole cache at each step in between."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 @state
 class KVCache(State):
     """Keys and values of the tokens so far, in slots used as a ring.
@@ -171,8 +178,8 @@ class KVCache(State):
         if slot.ndim > 2:
             return jax.vmap(KVCache._scatter)(slot, buffer, rows)
         request = jnp.arange(slot.shape[0])[:, None]
-        return buffer.at[request, :, slot].set(
-            jnp.swapaxes(rows, 1, 2).astype(buffer.dtype), mode="drop", unique_indices=True)
+        return _row_major(_row_major(buffer).at[request, :, slot].set(
+            jnp.swapaxes(rows, 1, 2).astype(buffer.dtype), mode="drop", unique_indices=True))
 
     @staticmethod
     def _update_slices(slot, valid, buffer, rows):
@@ -186,6 +193,7 @@ class KVCache(State):
                 new = rows[..., b : b + 1, :, w : w + 1, :].astype(buffer.dtype)
                 old = lax.dynamic_slice(buffer, start, new.shape)
                 buffer = lax.dynamic_update_slice(buffer, jnp.where(valid[b, w], new, old), start)
+                buffer = _row_major(buffer)
         return buffer
 
 

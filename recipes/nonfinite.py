@@ -105,9 +105,12 @@ def _first(checks: Sequence[_Check], found: Sequence[Any], usual: Sequence[Any])
     return None
 
 
-def _run(program: Any, inputs: Sequence[_Value], checks: list[_Check], found: list
-         ) -> list[_Value]:
-    """Traces a jaxpr's operations one by one, adding to `checks`, and what they find to `found`."""
+def _run(program: Any, inputs: Sequence[_Value], checks: list[_Check], found: list,
+         outer: str = "") -> list[_Value]:
+    """Traces a jaxpr's operations one by one, adding to `checks`, and what they find to `found`.
+
+    `outer` is the place from which the jaxpr is called, if it is called.
+    """
     jaxpr = getattr(program, "jaxpr", program)  # Closed or not; one class since jax 0.12.
     consts = [_Value(x) for x in getattr(program, "consts", ())]
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
@@ -119,10 +122,11 @@ def _run(program: Any, inputs: Sequence[_Value], checks: list[_Check], found: li
         operands = [read(atom) for atom in eqn.invars]
         name = eqn.primitive.name
         inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        place = _place(eqn, outer)
         if name == "scan":
-            results = _run_scan(eqn, operands, checks, found)
+            results = _run_scan(eqn, operands, checks, found, place)
         elif name in _INLINED and inner is not None:
-            results = _run(inner, operands, checks, found)
+            results = _run(inner, operands, checks, found, place)
         else:
             with eqn.ctx.manager:
                 made = eqn.primitive.bind(*(value.array for value in operands),
@@ -131,13 +135,13 @@ def _run(program: Any, inputs: Sequence[_Value], checks: list[_Check], found: li
             results = [_Value(x, operands[0].name if name in _VIEWS else None) for x in made]
             if name not in _SAFE:
                 for x in made:
-                    _check(x, _describe(eqn, x, operands), checks, found)
+                    _check(x, _describe(name, place, x, operands), checks, found)
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _run_scan(eqn: Any, operands: Sequence[_Value], checks: list[_Check], found: list
-              ) -> list[_Value]:
+def _run_scan(eqn: Any, operands: Sequence[_Value], checks: list[_Check], found: list,
+              place: str) -> list[_Value]:
     """A scan whose rounds also return what their checks find."""
     program = eqn.params["jaxpr"]
     body = getattr(program, "jaxpr", program)
@@ -154,31 +158,30 @@ def _run_scan(eqn: Any, operands: Sequence[_Value], checks: list[_Check], found:
         values = [*operands[:fixed], *map(_Value, carry),
                   *(_Value(x, v.name) for x, v in zip(slices, operands[whole:], strict=True))]
         seen: list = []
-        results = [v.array for v in _run(program, values, rounds, seen)]
+        results = [v.array for v in _run(program, values, rounds, seen, place)]
         return results[:carried], (results[carried:], seen)
 
     carry, (stacked, seen) = jax.lax.scan(
         one, [v.array for v in operands[fixed:whole]], [v.array for v in operands[whole:]],
         length=eqn.params["length"], reverse=eqn.params["reverse"])
-    checks.append(_Check(f"a scan ({_place(eqn)})", rounds, eqn.params["reverse"]))
+    checks.append(_Check(f"a scan ({place})", rounds, eqn.params["reverse"]))
     found.append(seen)
     return [_Value(x) for x in (*carry, *stacked)]
 
 
-def _describe(eqn: Any, x: Any, operands: Sequence[_Value]) -> str:
+def _describe(name: str, place: str, x: Any, operands: Sequence[_Value]) -> str:
     shape = f"{x.dtype}[{','.join(map(str, x.shape))}]"
     used = dict.fromkeys(value.name for value in operands if value.name is not None)
-    return (f"the result of {eqn.primitive.name}, {shape} ({_place(eqn)})"
+    return (f"the result of {name}, {shape} ({place})"
             + (f" with {' and '.join(used)}" if used else ""))
 
 
-def _place(eqn: Any) -> str:
-    """The function, file and line that an operation comes from, within this project."""
+def _place(eqn: Any, outer: str) -> str:
+    """The function, file and line that an operation comes from, if in a model, else `outer`."""
     trace = eqn.source_info.traceback
-    frames = list(trace.frames) if trace is not None else []
-    ours = ([f for f in frames if f.file_name.startswith(_MODELS)]
-            or [f for f in frames if f.file_name.startswith(str(_ROOT))])
-    if not ours:
-        return "in a library"
-    file = Path(ours[0].file_name).relative_to(_ROOT).as_posix()
-    return f"{ours[0].function_name} in {file}:{ours[0].line_num}"
+    frames = trace.frames if trace is not None else ()
+    frame = next((f for f in frames if f.file_name.startswith(_MODELS)), None)
+    if frame is None:
+        return outer or "outside of the model"
+    file = Path(frame.file_name).relative_to(_ROOT).as_posix()
+    return f"{frame.function_name} in {file}:{frame.line_num}"

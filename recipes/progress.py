@@ -86,7 +86,7 @@ class Line:
     def say(self, text: str) -> None:
         """Prints a line that stays."""
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False)
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         elif not self._silent:
             print(text, flush=True)
 

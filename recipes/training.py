@@ -363,7 +363,8 @@ def load_model(
         if step is None:
             step = checkpointer.latest()
         meta = checkpoint.read_meta(folder, step)
-        config, name = zoo.from_dict(meta["model"]), "ema" if meta["ema"] else "params"
+        config = zoo.from_dict(meta["model"])
+        name = "params" if meta["training"]["ema"] is None else "ema"
         tokenizer = load_tokenizer(meta["tokenizer"]["name"])
         if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
             raise ValueError(
@@ -391,6 +392,5 @@ def describe_run(program: Program, task: Any, batch_size: int) -> dict[str, Any]
     training = {"seed": program.seed, "batch_size": batch_size, "accumulate": program.accumulate,
                 "dtype": str(program.dtype), "compute_dtype": str(program.compute_dtype),
                 "ema": program.ema, "optimizer": optimizer.pop("name"), **optimizer}
-    record = {"model": zoo.to_dict(program.config), **task.describe(), "training": training,
-              "ema": program.ema is not None}
+    record = {"model": zoo.to_dict(program.config), **task.describe(), "training": training}
     return json.loads(json.dumps(record))

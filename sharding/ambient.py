@@ -98,7 +98,8 @@ class ShardedInit:
     def __call__(self, key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
         if len(shape) != len(self.axes):
             raise ShardingError(f"logical axes {self.axes} for a parameter of shape {shape}")
-        return self.init(key, tuple(shape), dtype)
+        # Drawn in float32 whatever the dtype: bfloat16 would draw from 256 values.
+        return self.init(key, tuple(shape), jnp.float32).astype(dtype)
 
 
 def param(init: Callable, *axes: str | None) -> ShardedInit:

@@ -1,8 +1,11 @@
 """Every registered preset at a size for tests: all its options, little of anything else."""
 
+import jax
 import numpy as np
 
 import zoo
+from layers.stack import to_list
+from zoo import protocol
 
 MESH = "data:2,fsdp:2,tensor:2"
 """Eight devices on all axes; the sizes below divide over it."""
@@ -23,6 +26,23 @@ def config(name: str, **overrides):
     if full.attention.window:
         small["attention.window"] = 5
     return zoo.override(full, {**small, **overrides})
+
+
+def model(config, stacked: bool = False, seed: int = 0):
+    """A model with random values in every parameter, biases and scales too, alike in both forms.
+
+    Not the initial values: those take longer to compile than most tests take to run.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        about, spread = {"scale": (1.0, 0.2), "bias": (0.0, 0.2)}.get(path[-1].key, (0.0, 0.3))
+        return (about + spread * rng.normal(size=x.shape)).astype(np.float32)
+
+    abstract = protocol.split(zoo.build(config, abstract=True, stacked=True))[1]
+    params = jax.tree_util.tree_map_with_path(draw, abstract)
+    definition = protocol.split(zoo.build(config, abstract=True, stacked=stacked))[0]
+    return protocol.merge(definition, jax.device_put(params if stacked else to_list(params)))
 
 
 def batch(vocab: int, rows: int = 8, length: int = 12, seed: int = 0) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What each process of a job runs in test_processes.py: python processes_child.py PORT COUNT INDEX CORPUS.
+"""What each process of a job runs in test_processes.py: its port, its size, which one, a corpus.
 
 Prints a digest of the first batches, put together from what the processes placed.
 """

@@ -15,7 +15,8 @@ from tests.recipes import small_run
 from tests.tolerances import RESHARDED, assert_close
 
 STEPS = 8
-OPTIONS = ("--ema=0.9", "--learning_rate=0.01", "--warmup_steps=3", "--schedule=constant")
+OPTIONS = ("--set=num_layers=1", "--ema=0.9", "--learning_rate=0.01", "--warmup_steps=3",
+           "--schedule=constant")
 
 
 def free_port() -> int:

