@@ -99,16 +99,15 @@ class Program:
         model = self.model(stacked=stacked)
         _, params = zoo.protocol.split(model)
         axes = zoo.protocol.axes(model)
-        layout = jax.tree.map(lambda x: x.sharding, params)
         shapes = jax.eval_shape(functools.partial(self._state, axes), params)
-        return _place(shapes, layout, self.replicated)
+        return _place(shapes, params, self.replicated)
 
     def _state(self, axes, params) -> State:
         full = zoo.protocol.cast(params, jnp.float32)
         state = {"params": params, "optimizer": self.optimizer.build(axes).init(full),
                  "step": jnp.zeros((), jnp.int32)}
         if self.ema is not None:
-            state["ema"] = full
+            state["ema"] = jax.tree.map(jnp.copy, full)
         return state
 
     def init(self) -> State:
@@ -118,17 +117,17 @@ class Program:
         layout = jax.tree.map(lambda x: x.sharding, self.abstract_state())
         with sharding.use(self.mesh, self.rules):
             make = functools.partial(self._state, zoo.protocol.axes(model))
-            return jax.jit(make, out_shardings=layout)(params)
+            return jax.jit(make, out_shardings=layout, donate_argnums=0)(params)
 
 
-def _place(shapes: Any, layout: dict, replicated: NamedSharding) -> Any:
-    """Shardings for `shapes`: a leaf whose path ends in a parameter's has that parameter's."""
-    known = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(layout)}
+def _place(shapes: Any, params: Any, replicated: NamedSharding) -> Any:
+    """`shapes` with shardings: what has a parameter's shape, at a path that ends in its, has its."""
+    known = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def place(path, x):
-        suffixes = (known.get(path[i:]) for i in range(len(path)))
-        found = next((s for s in suffixes if s is not None), replicated)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=found)
+        ends = (known.get(path[i:]) for i in range(len(path)))
+        like = next((p.sharding for p in ends if p is not None and p.shape == x.shape), replicated)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
