@@ -17,12 +17,13 @@ from flax import nnx
 
 from layers.dropout import fold
 from layers.mixer import Rows
+from sharding.ambient import PRODUCT
 
 # What the backward pass keeps of each block; the rest is computed again.
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 

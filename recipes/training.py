@@ -121,7 +121,7 @@ class Program:
 
 
 def _place(shapes: Any, params: Any, replicated: NamedSharding) -> Any:
-    """`shapes` with shardings: what has a parameter's shape, at a path that ends in its, has its."""
+    """`shapes` with shardings: what has the shape and the last keys of a parameter lies as it."""
     known = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def place(path, x):

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -144,6 +145,10 @@ def _product_backward(expression, preferred_element_type, operands, cotangent):
 
 _product.defvjp(_product_forward, _product_backward)
 
+# Remat policies keep products by this name: what stands inside a custom_vjp they do not see.
+PRODUCT = "product"
+_named = functools.partial(checkpoint_name, name=PRODUCT)
+
 
 def einsum(
     expression: str,
@@ -164,19 +169,19 @@ def einsum(
     """
     mesh = ambient_mesh()
     if mesh is None or mesh.size == 1:
-        return _product(expression, x, w, preferred_element_type)
+        return _named(_product(expression, x, w, preferred_element_type))
     if _explicit(mesh):
         w = gathered(w, *weight)
         # Not checked against the shape: an uneven vocabulary is whole in `w` already.
         sizes = dict(zip(expression.partition("->")[0].replace(",", ""), x.shape + w.shape,
                          strict=True))
         shape = [sizes[c] for c in expression.partition("->")[2]]
-        return jnp.einsum(
+        return _named(jnp.einsum(
             expression, x, w,
             preferred_element_type=preferred_element_type,
             out_sharding=spec(*out, shape=shape),
-        )
-    return constrain(_product(expression, x, w, preferred_element_type), *out)
+        ))
+    return _named(constrain(_product(expression, x, w, preferred_element_type), *out))
 
 
 def lookup(table: jax.Array, ids: jax.Array, *out: str | None) -> jax.Array:

@@ -63,7 +63,8 @@ def llama3_by_wavelength(theta, size, factor, low, high, original):
 
 @pytest.mark.parametrize(
     ("theta", "size", "values"),
-    [(5e5, 128, (8.0, 1.0, 4.0, 8192)), (5e5, 64, (32.0, 1.0, 4.0, 8192)), (1e4, 16, (2.0, 0.5, 8.0, 64))],
+    [(5e5, 128, (8.0, 1.0, 4.0, 8192)), (5e5, 64, (32.0, 1.0, 4.0, 8192)),
+     (1e4, 16, (2.0, 0.5, 8.0, 64))],
 )
 def test_llama3_scaling(theta, size, values):
     rope = Rope(theta, Llama3Scaling(*values))
@@ -91,7 +92,8 @@ def yarn_by_rotations(theta, size, factor, fast, slow, original):
 
 @pytest.mark.parametrize(
     ("theta", "size", "values"),
-    [(1e6, 128, (4.0, 32.0, 1.0, 32768)), (1e4, 64, (16.0, 32.0, 1.0, 4096)), (1e4, 16, (2.0, 4.0, 1.0, 64))],
+    [(1e6, 128, (4.0, 32.0, 1.0, 32768)), (1e4, 64, (16.0, 32.0, 1.0, 4096)),
+     (1e4, 16, (2.0, 4.0, 1.0, 64))],
 )
 def test_yarn_scaling(theta, size, values):
     rope = Rope(theta, YarnScaling(*values))

@@ -1,4 +1,4 @@
-"""The two forms of a stack: the same values, gradients, states, and a way from each to the other."""
+"""The two forms of a stack: the same values, gradients and states, and conversion both ways."""
 
 import dataclasses
 import functools
@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
+import zoo
 from layers.attention import Attention
 from layers.mlp import Mlp
 from layers.norm import Norm
 from layers.rope import Rope
 from layers.stack import REMAT, to_list, to_stacked
-import zoo
 from tests import tiny
 from tests.tolerances import assert_close
 from zoo import protocol
@@ -166,8 +166,9 @@ def test_layers_drop_differently():
 
 @pytest.mark.parametrize("optimiser", [
     optax.adamw(1e-3), optax.lion(1e-3),
-    optax.multi_transform({"a": optax.sgd(1e-2, momentum=0.9), "b": optax.adam(1e-3)},
-                          lambda params: jax.tree.map(lambda x: "a" if x.ndim > 2 else "b", params)),
+    optax.multi_transform(
+        {"a": optax.sgd(1e-2, momentum=0.9), "b": optax.adam(1e-3)},
+        lambda params: jax.tree.map(lambda x: "a" if x.ndim > 2 else "b", params)),
 ], ids=["adamw", "lion", "multi_transform"])
 def test_optimiser_states_convert(optimiser):
     """A step in one form, converted, is the step in the other form."""

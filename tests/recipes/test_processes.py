@@ -145,12 +145,3 @@ def test_a_run_goes_from_two_processes_to_one_to_four(tmp_path, corpus, alone):
         job = Job(tmp_path, corpus, count, f"--steps={steps}")
         assert job.wait(240) == [0] * count, job.output()
     check(tmp_path / "run", alone)
-
-
-@pytest.mark.slow
-def test_a_process_that_is_alone_gives_up(tmp_path, corpus):
-    """Its partner dies before it has joined, as far as the coordinator can see."""
-    job = Job(tmp_path, corpus, 2, "--steps=4")
-    job.processes[1].kill()
-    statuses = job.wait(400)
-    assert statuses[0] not in (0, -signal.SIGKILL)

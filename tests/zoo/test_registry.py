@@ -157,7 +157,8 @@ def params(*args, **options):
 def loss_of(config, values):
     model = protocol.merge(protocol.split(zoo.build(config, abstract=True))[0], values)
     batch = tiny.batch(40)
-    total, weight, _ = model.loss(model(batch, train=True), batch["labels"], batch["weights"])
+    total, weight, _ = jax.jit(
+        lambda batch: model.loss(model(batch), batch["labels"], batch["weights"]))(batch)
     return total / weight
 
 
@@ -188,14 +189,14 @@ def test_dtype():
     config, batch = tiny.config("qwen3-8b"), tiny.batch(40, rows=2)
     model = zoo.build(config, dtype=jnp.bfloat16)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(protocol.split(model)[1]))
-    output = model(batch)
+    output = jax.jit(model)(batch)
     assert output.hidden.dtype == jnp.bfloat16
     assert output.logits.dtype == jnp.float32
     # The same numbers, rounded.
     assert_close(protocol.split(model)[1], params(config), tol=1e-2)
     definition, full = protocol.split(zoo.build(config))
     cast = protocol.merge(definition, protocol.cast(full, jnp.bfloat16))
-    assert_close(cast(batch).logits, output.logits, tol=0.05)
+    assert_close(jax.jit(cast)(batch).logits, output.logits, tol=0.05)
     for dtype in (jnp.int32, jnp.float16):
         with pytest.raises(ValueError, match="parameters are float32 or bfloat16"):
             zoo.build(config, dtype=dtype)
@@ -248,7 +249,7 @@ def test_form_follows_the_device():
 
 def test_sizes_that_do_not_divide():
     mesh = sharding.mesh("tensor:8")
-    with pytest.raises(ValueError, match="kv_heads of size 2 does not divide .*tensor:8;.*kv_heads"):
+    with pytest.raises(ValueError, match="kv_heads of size 2 does not divide .*tensor:8"):
         zoo.build(tiny.config("llama3-8b", **{"attention.num_heads": 8}), mesh=mesh)
 
 

@@ -24,87 +24,93 @@ NEW = 13
 
 
 @functools.cache
-def model(name="qwen3-8b", stacked=False):
-    """Built once. Its logits are drawn apart, so that no two are nearly equal."""
-    built = zoo.build(tiny.config(name, max_length=4096), seed=1, stacked=stacked)
-    definition, params = protocol.split(built)
-    head = "head" if "head" in params else None
-    if head:
-        params[head] = 4 * params[head]
-    return protocol.merge(definition, params)
+def model(name="qwen3-8b", stacked=False, **overrides):
+    """Built once, with parameters that make no two logits nearly equal."""
+    return tiny.model(tiny.config(name, max_length=256, **overrides), stacked, seed=1)
 
 
 @functools.cache
-def plain(name="qwen3-8b", new=NEW, **options):
-    return zoo.generate(model(name), PROMPTS, new, **options)
+def plain(name="qwen3-8b", new=NEW):
+    return zoo.generate(model(name), PROMPTS, new)
 
 
 @dataclasses.dataclass(frozen=True)
-class Scripted:
-    """Drafts by a script of parents and, per row, how far it is from the right token.
-
-    Its `params` are the true sequences int32 [B, S], prompts included: row i at depth d proposes
-    the true token d places on, plus `offsets[i]`; an offset None makes the row invalid.
-    """
+class Script:
+    """Parents of the rows and, per row, how far it is from the right token; None: no valid row."""
 
     parents: tuple[int, ...]
     offsets: tuple[int | None, ...]
 
     @property
-    def rows(self):
-        return len(self.parents)
-
-    @property
-    def depths(self):
+    def depths(self) -> list[int]:
         depths = [0]
-        for i in range(1, self.rows):
-            depths.append(depths[self.parents[i]] + 1)
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
         return depths
 
     @property
-    def depth(self):
-        return max(self.depths)
+    def right(self) -> int:
+        """How many rows below the root are right all the way down."""
+        right = [True]
+        for parent, offset in zip(self.parents[1:], self.offsets[1:], strict=True):
+            right.append(right[parent] and offset == 0)
+        return max(d for d, ok in zip(self.depths, right, strict=True) if ok)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted:
+    """Drafts by a `Script` with the answer at hand. Both are data, so all share an executable:
+    row i at depth d proposes the true token d places on, plus the row's offset."""
+
+    rows: int = 9
+    depth: int = 4
 
     def init(self, params, batch, capacity):
         return {"accepted": jnp.zeros(batch, jnp.int32), "calls": jnp.int32(0)}
 
     def propose(self, params, state, history, length):
-        at = length[:, None] - 1 + jnp.array(self.depths)
-        truth = jnp.take_along_axis(params, jnp.minimum(at, params.shape[1] - 1), axis=1)
-        tokens = (truth + jnp.array([o or 0 for o in self.offsets])) % VOCAB
+        truth = params["truth"]
+        at = jnp.minimum(length[:, None] - 1 + params["depths"], truth.shape[1] - 1)
+        tokens = (jnp.take_along_axis(truth, at, axis=1) + params["offsets"]) % VOCAB
         tokens = tokens.at[:, 0].set(last_token(history, length))
-        shape = tokens.shape
-        valid = jnp.broadcast_to(jnp.array([o is not None for o in self.offsets]), shape)
-        return tokens, tree(jnp.broadcast_to(jnp.array(self.parents), shape), valid), state
+        parents, valid = (
+            jnp.broadcast_to(params[name], tokens.shape) for name in ("parents", "valid"))
+        return tokens, tree(parents, valid), state
 
     def observe(self, params, state, tokens, tree, step, path, count, emitted):
         return {"accepted": state["accepted"] + count, "calls": state["calls"] + 1}
 
 
-DRAFTERS = {
-    "always right": Scripted((0, 0, 1, 2), (0, 0, 0, 0)),
-    "always wrong": Scripted((0, 0, 1, 2), (0, 1, 1, 1)),
-    "right below wrong": Scripted((0, 0, 1, 2), (0, 1, 0, 0)),
-    "wrong below right": Scripted((0, 0, 1, 2), (0, 0, 5, 0)),
-    "duplicates": Scripted((0, 0, 0, 0, 1, 2, 2), (0, 0, 0, 0, 0, 0, 0)),
-    "bushy": Scripted((0, 0, 0, 0, 2, 2, 3, 5, 7), (0, 1, 0, 2, 3, 0, 0, 0, 1)),
-    "nothing valid": Scripted((0, 0, 1), (0, None, None)),
-    "a hole in the chain": Scripted((0, 0, 1, 2, 0), (0, 0, None, 0, 1)),
+SCRIPTS = {
+    "always right": Script((0, 0, 1, 2, 3), (0, 0, 0, 0, 0)),
+    "always wrong": Script((0, 0, 1, 2), (0, 1, 1, 1)),
+    "right below wrong": Script((0, 0, 1, 2), (0, 1, 0, 0)),
+    "wrong below right": Script((0, 0, 1, 2), (0, 0, 5, 0)),
+    "duplicates": Script((0, 0, 0, 0, 1, 2, 2), (0, 0, 0, 0, 0, 0, 0)),
+    "bushy": Script((0, 0, 0, 0, 2, 2, 3, 5, 7), (0, 1, 0, 2, 3, 0, 0, 0, 1)),
+    "nothing valid": Script((0, 0, 1), (0, None, None)),
+    "a hole in the chain": Script((0, 0, 1, 2, 0), (0, 0, None, 0, 1)),
 }
+EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 
 
-def truth(generation):
-    """Prompts and what plain decoding made of them, for `Scripted`."""
-    rows = [p + t for p, t in zip(PROMPTS, generation.tokens, strict=True)]
-    out = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for row, tokens in zip(out, rows, strict=True):
+def draft(script, generation, prompts=PROMPTS):
+    """The options that draft by `script`, given what plain decoding made of the prompts."""
+    drafter = Scripted()
+    rows = [p + t for p, t in zip(prompts, generation.tokens, strict=True)]
+    truth = np.zeros((len(rows), 128), np.int32)
+    for row, tokens in zip(truth, rows, strict=True):
         row[: len(tokens)] = tokens
-    return jnp.asarray(out)
 
+    def fill(values, rest):
+        return jnp.array([*values, *[rest] * (drafter.rows - len(values))])
 
-def drafted(drafter, generation, name="qwen3-8b", new=NEW, **options):
-    return zoo.generate(model(name), PROMPTS, new, drafter=drafter,
-                        drafter_params=truth(generation), **options)
+    params = {
+        "truth": jnp.asarray(truth), "parents": fill(script.parents, 0),
+        "depths": fill(script.depths, 0), "offsets": fill([o or 0 for o in script.offsets], 0),
+        "valid": fill([o is not None for o in script.offsets], False),
+    }  # fmt: skip
+    return {"drafter": drafter, "drafter_params": params}
 
 
 def assert_same(actual, expected):
@@ -115,10 +121,16 @@ def assert_same(actual, expected):
                  [np.array(x) for x in expected.log_probs])
 
 
-def laws(name, sequence):
-    """log softmax of a full forward over one sequence: [T, V]."""
-    logits = model(name)({"tokens": jnp.asarray(sequence)[None]}).logits[0]
-    return np.asarray(jax.nn.log_softmax(logits, axis=-1))
+def laws(built, prompts, generation):
+    """log softmax of one full forward: per request [new tokens, V], where each was chosen."""
+    rows = [p + t for p, t in zip(prompts, generation.tokens, strict=True)]
+    tokens = np.zeros((len(rows), 72), np.int32)
+    for row, sequence in zip(tokens, rows, strict=True):
+        row[: len(sequence)] = sequence
+    run = jax.jit(lambda tokens: jax.nn.log_softmax(built({"tokens": tokens}).logits))
+    law = np.asarray(run(tokens))
+    return [law[i, len(p) - 1 : len(r) - 1]
+            for i, (p, r) in enumerate(zip(prompts, rows, strict=True))]
 
 
 @pytest.mark.parametrize("name", ["qwen3-8b", "gpt2", "mistral-7b"])
@@ -128,40 +140,36 @@ def test_greedy_tokens_and_log_probs(name):
     assert generation.steps == NEW
     assert generation.row_steps == [NEW] * 4
     assert generation.finished == [False] * 4
-    for prompt, tokens, log_probs in zip(
-            PROMPTS, generation.tokens, generation.log_probs, strict=True):
+    for law, tokens, log_probs in zip(
+            laws(model(name), PROMPTS, generation), generation.tokens, generation.log_probs,
+            strict=True):
         assert len(tokens) == len(log_probs) == NEW
-        law = laws(name, prompt + tokens)[len(prompt) - 1 : -1]
         assert tokens == law.argmax(-1).tolist()
         assert_close(np.array(log_probs), law[np.arange(NEW), tokens])
     assert len({t for tokens in generation.tokens for t in tokens}) > 5  # no trivial sequence
 
 
-@pytest.mark.parametrize("name", ["qwen3-8b", "gpt2"])
+@pytest.mark.parametrize("name", [
+    "qwen3-8b", pytest.param("gpt2", marks=pytest.mark.slow),
+    pytest.param("mistral-7b", marks=pytest.mark.slow)])
 def test_stacked_form_gives_the_same_tokens(name):
     other = zoo.generate(model(name, stacked=True), PROMPTS, NEW)
     assert other.tokens == plain(name).tokens
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
-def test_drafters_change_nothing_but_the_steps(drafter):
-    """T4, greedy."""
-    expected = plain()
-    actual = drafted(drafter, expected)
-    assert_same(actual, expected)
-    # How many tokens a step yields follows from the script: the deepest right path.
-    right = [True]
-    for i in range(1, drafter.rows):
-        right.append(right[drafter.parents[i]] and drafter.offsets[i] == 0)
-    per_step = 1 + max(d for d, ok in zip(drafter.depths, right, strict=True) if ok)
-    assert actual.steps == -(-NEW // per_step)
+@EVERY_SCRIPT
+def test_drafters_change_nothing_but_the_steps(script):
+    """T4, greedy. How many tokens a step yields follows from the script."""
+    actual = zoo.generate(model(), PROMPTS, NEW, **draft(script, plain()))
+    assert_same(actual, plain())
+    assert actual.steps == -(-NEW // (1 + script.right))
 
 
-@pytest.mark.parametrize("new", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("new", [1, 4, 5, 6, 10])
 def test_accepted_path_meets_the_limit(new):
-    """Paths of 4 tokens that end before, at and after the last token wanted."""
+    """Paths of 5 tokens that end before, at and after the last token wanted."""
     expected = plain(new=new)
-    actual = drafted(DRAFTERS["always right"], plain(new=8), new=new)
+    actual = zoo.generate(model(), PROMPTS, new, **draft(SCRIPTS["always right"], plain()))
     assert_same(actual, expected)
     assert [len(t) for t in actual.tokens] == [new] * 4
 
@@ -169,22 +177,22 @@ def test_accepted_path_meets_the_limit(new):
 def test_cache_filled_to_the_last_place():
     """max_len exactly what is needed: the longest prompt, its tokens, and no slack."""
     longest = max(map(len, PROMPTS))
-    expected = plain()
-    for options in ({}, {"drafter": DRAFTERS["always right"], "drafter_params": truth(expected)}):
+    for options in ({}, draft(SCRIPTS["always right"], plain())):
         actual = zoo.generate(model(), PROMPTS, NEW, max_len=longest + NEW, **options)
-        assert_same(actual, expected)
+        assert_same(actual, plain())
 
 
-@pytest.mark.parametrize("drafter", ["always right", "bushy", "duplicates"])
+@pytest.mark.parametrize("script", ["always right", "bushy", "duplicates"])
 @pytest.mark.parametrize("place", [0, 2, 5])
-def test_stop_token_inside_the_tree(drafter, place):
+def test_stop_token_inside_the_tree(script, place):
     """Accepted rows after the stop token do not count."""
     stops = [tokens[place] for tokens in plain().tokens]
     expected = zoo.generate(model(), PROMPTS, NEW, stop_tokens=[[s] for s in stops])
     for tokens, whole, stop in zip(expected.tokens, plain().tokens, stops, strict=True):
         assert tokens == whole[: whole.index(stop) + 1]
     assert expected.finished == [True] * 4
-    actual = drafted(DRAFTERS[drafter], plain(), stop_tokens=[[s] for s in stops])
+    actual = zoo.generate(model(), PROMPTS, NEW, stop_tokens=[[s] for s in stops],
+                          **draft(SCRIPTS[script], plain()))
     assert_same(actual, expected)
 
 
@@ -210,8 +218,8 @@ def test_stop_token_as_the_last_one_allowed():
 TOKEN_BYTES = [bytes([97 + i % 26, 97 + (i * 7) % 26]) for i in range(VOCAB)]
 
 
-@pytest.mark.parametrize("drafter", [None, "always right", "bushy"])
-def test_stop_strings_straddle_tokens(drafter):
+@pytest.mark.parametrize("script", [None, "always right", "bushy"])
+def test_stop_strings_straddle_tokens(script):
     tokens = plain().tokens
     texts = [b"".join(TOKEN_BYTES[t] for t in row) for row in tokens]
     stop = texts[1][5:8]  # the second half of token 2, and all of token 3
@@ -219,10 +227,9 @@ def test_stop_strings_straddle_tokens(drafter):
     kept = [len(row) if end < 0 else (end + len(stop) + 1) // 2
             for row, end in zip(tokens, ends, strict=True)]
     assert kept[1] <= 4
-    options = {"stop_strings": [stop, b"\x00\x01"], "token_bytes": TOKEN_BYTES}
-    if drafter:
-        options |= {"drafter": DRAFTERS[drafter], "drafter_params": truth(plain())}
-    generation = zoo.generate(model(), PROMPTS, NEW, **options)
+    generation = zoo.generate(
+        model(), PROMPTS, NEW, stop_strings=[stop, b"\x00\x01"], token_bytes=TOKEN_BYTES,
+        **(draft(SCRIPTS[script], plain()) if script else {}))
     assert generation.tokens == [row[:n] for row, n in zip(tokens, kept, strict=True)]
     assert generation.finished == [end >= 0 for end in ends]
 
@@ -246,12 +253,13 @@ def sampled():
     return zoo.generate(model(), PROMPTS, NEW, **DRAWN)
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS.values(), ids=DRAFTERS)
-def test_drafted_samples_are_the_plain_ones(drafter):
+@EVERY_SCRIPT
+def test_drafted_samples_are_the_plain_ones(script):
     """SEED: at T > 0 the tokens depend on the request's seed, never on the drafter."""
     assert sampled().tokens != plain().tokens
-    actual = drafted(drafter, sampled(), **DRAWN)
+    actual = zoo.generate(model(), PROMPTS, NEW, **DRAWN, **draft(script, sampled()))
     assert_same(actual, sampled())
+    assert actual.steps == -(-NEW // (1 + script.right))
 
 
 def test_seeds():
@@ -260,9 +268,8 @@ def test_seeds():
     other = zoo.generate(model(), PROMPTS, NEW, **{**DRAWN, "seed": 9})
     assert all(a != b for a, b in zip(other.tokens, sampled().tokens, strict=True))
     # Log-probabilities are the model's own, whatever was cut off or penalised.
-    for prompt, tokens, log_probs in zip(
-            PROMPTS, sampled().tokens, sampled().log_probs, strict=True):
-        law = laws("qwen3-8b", prompt + tokens)[len(prompt) - 1 : -1]
+    for law, tokens, log_probs in zip(
+            laws(model(), PROMPTS, sampled()), sampled().tokens, sampled().log_probs, strict=True):
         assert_close(np.array(log_probs), law[np.arange(NEW), tokens])
 
 
@@ -312,17 +319,15 @@ def test_a_prompt_longer_than_a_chunk(monkeypatch):
     monkeypatch.setattr(loop, "CHUNK", 16)
     prompts = [np.random.default_rng(0).integers(0, VOCAB, n).tolist() for n in (50, 3, 33)]
     generation = zoo.generate(model(), prompts, 5)
-    for prompt, tokens in zip(prompts, generation.tokens, strict=True):
-        law = laws("qwen3-8b", prompt + tokens)[len(prompt) - 1 : -1]
+    for law, tokens in zip(
+            laws(model(), prompts, generation), generation.tokens, strict=True):
         assert tokens == law.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("every", [1, 3, 5, 13, 16])
-@pytest.mark.parametrize("drafter", [None, "bushy"])
-def test_stream_equals_generate(every, drafter):
-    options = dict(DRAWN)
-    if drafter:
-        options |= {"drafter": DRAFTERS[drafter], "drafter_params": truth(sampled())}
+@pytest.mark.parametrize("script", [None, "bushy"])
+def test_stream_equals_generate(every, script):
+    options = DRAWN | (draft(SCRIPTS[script], sampled()) if script else {})
     pieces = list(zoo.stream(model(), PROMPTS, NEW, every=every, **options))
     assert len(pieces) == -(-NEW // every)
     assert all(len(t) <= every for piece in pieces for t in piece.tokens)
@@ -343,27 +348,21 @@ def test_stream_ends_with_its_last_request():
     assert any(pieces[-1].tokens)
 
 
-@pytest.mark.parametrize("window", [3, 4, 9], ids=["P-1", "P", "2P+1"])
-@pytest.mark.parametrize("drafter", ["always right", "bushy"])
-def test_window_ring_wraps(monkeypatch, window, drafter):
-    """Paths of P = 4 over a ring of window + P slots, for more than three wraps."""
+@pytest.mark.parametrize("window", [
+    pytest.param(4, id="P-1", marks=pytest.mark.slow), pytest.param(5, id="P"),
+    pytest.param(11, id="2P+1", marks=pytest.mark.slow)])
+def test_window_ring_wraps(monkeypatch, window):
+    """Paths of P = 5 over a ring of window + P slots, for more than three wraps."""
     monkeypatch.setattr(layers.attention, "CACHE_BLOCK", 1)
-    path = DRAFTERS[drafter].depth + 1
-    config = tiny.config("mistral-7b", **{"attention.window": window})
-    built = zoo.build(config, seed=1)
-    prompts, new = [PROMPTS[1], PROMPTS[0]], 4 * (window + path)
-    assert new <= config.max_length
+    built = model("mistral-7b", **{"attention.window": window})
+    prompts, new = PROMPTS[:2], 4 * (window + Scripted().depth + 1)
     expected = zoo.generate(built, prompts, new)
-    for prompt, tokens in zip(prompts, expected.tokens, strict=True):
-        logits = built({"tokens": jnp.array([prompt + tokens])}).logits[0, len(prompt) - 1 : -1]
-        assert tokens == np.argmax(logits, -1).tolist()
-    rows = np.zeros((2, new + 5), np.int32)
-    for row, prompt, tokens in zip(rows, prompts, expected.tokens, strict=True):
-        row[: len(prompt) + new] = prompt + tokens
-    actual = zoo.generate(built, prompts, new, drafter=DRAFTERS[drafter],
-                          drafter_params=jnp.asarray(rows))
-    assert_same(actual, expected)
-    assert actual.steps < expected.steps
+    for law, tokens in zip(laws(built, prompts, expected), expected.tokens, strict=True):
+        assert tokens == law.argmax(-1).tolist()
+    for script in ("always right", "bushy", "always wrong"):
+        actual = zoo.generate(built, prompts, new, **draft(SCRIPTS[script], expected, prompts))
+        assert_same(actual, expected)
+        assert actual.steps == -(-new // (1 + SCRIPTS[script].right))
 
 
 @pytest.fixture
@@ -382,7 +381,7 @@ def compilations():
 
 def test_one_executable(compilations):
     """Lengths within a bucket, every sampling setting, limits and streaming share it."""
-    one = zoo.build(tiny.config("llama3-8b", max_length=200), seed=2)
+    one = tiny.model(tiny.config("llama3-8b", max_length=200))
     calls = [
         lambda: zoo.generate(one, [[1, 2], [3]], 5),
         lambda: zoo.generate(one, [list(range(9)), [3, 4]], 40, temperature=0.7, seed=3),
@@ -442,37 +441,36 @@ def test_temporaries_do_not_grow_with_the_cache(stacked):
     assert sizes[4096] - sizes[512] <= (0 if stacked else positions)
 
 
-@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
-@pytest.mark.parametrize("rules", ["dp", "fsdp_tp"])
-def test_four_devices_give_the_same_tokens(rules, stacked):
-    """T7, greedy and sampled, plain and drafted; two rows, which the batch axes divide."""
-    mesh = sharding.mesh("data:2,tensor:2", jax.devices()[:4])
-    rules = sharding.rules(rules)
+@pytest.mark.parametrize(("preset", "stacked"), [
+    ("fsdp_tp", False), pytest.param("fsdp_tp", True, marks=pytest.mark.slow),
+    pytest.param("dp", True, marks=pytest.mark.slow)])
+def test_four_devices_give_the_same_tokens(preset, stacked):
+    """T7, greedy and sampled, plain and drafted. The mesh is that of the parameters."""
+    mesh, rules = sharding.mesh("data:2,tensor:2", jax.devices()[:4]), sharding.rules(preset)
     definition, params = protocol.split(model(stacked=stacked))
     layout = protocol.shardings(mesh, rules, protocol.axes(model(stacked=stacked)), params)
+    spread = protocol.merge(definition, jax.device_put(params, layout))
     with sharding.use(mesh, rules):
-        spread = protocol.merge(definition, jax.device_put(params, layout))
-        for expected, options in ((plain(), {}), (sampled(), DRAWN)):
-            assert_same(zoo.generate(spread, PROMPTS, NEW, **options), expected)
-        actual = zoo.generate(spread, PROMPTS, NEW, drafter=DRAFTERS["bushy"],
-                              drafter_params=truth(plain()))
-        assert_same(actual, plain())
-        # One prompt cannot be cut over two devices.
-        alone = zoo.generate(spread, PROMPTS[2], NEW)
-        assert alone.tokens == plain().tokens[2:3]
+        for options in ({}, draft(SCRIPTS["bushy"], plain())):
+            assert_same(zoo.generate(spread, PROMPTS, NEW, **options), plain())
+        assert_same(zoo.generate(spread, PROMPTS, NEW, **DRAWN), sampled())
 
 
+@pytest.mark.slow
 def test_mesh_of_the_parameters_is_enough():
-    """Without an ambient mesh, that of the parameters serves."""
-    mesh = sharding.mesh("fsdp:2", jax.devices()[:2])
-    built = zoo.build(tiny.config("llama3-8b"), mesh=mesh)
-    alone = zoo.build(tiny.config("llama3-8b"))
-    assert zoo.generate(built, PROMPTS, 4).tokens == zoo.generate(alone, PROMPTS, 4).tokens
+    """No ambient mesh; and one prompt, which cannot be cut over two devices."""
+    mesh, rules = sharding.mesh("fsdp:2", jax.devices()[:2]), sharding.rules("fsdp_tp")
+    definition, params = protocol.split(model())
+    layout = protocol.shardings(mesh, rules, protocol.axes(model()), params)
+    spread = protocol.merge(definition, jax.device_put(params, layout))
+    for prompt, tokens in zip(PROMPTS[:2], plain().tokens, strict=False):
+        assert zoo.generate(spread, prompt, NEW).tokens == [tokens]
 
 
 def test_bfloat16():
-    built = zoo.build(tiny.config("qwen3-8b"), dtype=jnp.bfloat16)
-    generation = zoo.generate(built, PROMPTS, 6, temperature=1.0)
+    definition, params = protocol.split(model())
+    half = protocol.merge(definition, protocol.cast(params, jnp.bfloat16))
+    generation = zoo.generate(half, PROMPTS, 6, temperature=1.0)
     assert all(len(t) == 6 and np.isfinite(x).all()
                for t, x in zip(generation.tokens, generation.log_probs, strict=True))
 

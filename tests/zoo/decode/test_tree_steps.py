@@ -34,7 +34,7 @@ class Machine:
             run = jax.jit(lambda params, *x: method(protocol.merge(definition, params), *x))
             return functools.partial(run, self.params)
 
-        self.prefill = call(lambda model, tokens, valid, state: model.prefill(tokens, valid, state)[1])
+        self.prefill = call(lambda model, *x: model.prefill(*x)[1])
         self.step = call(lambda model, tokens, tree, state: model.step(tokens, tree, state))
         self.plain = call(lambda model, tokens, state: model.step(
             tokens, trees.single(tokens.shape[0]), state))
