@@ -7,6 +7,7 @@ have the same initial values, and on disk there is one layout, the stacked one: 
 `to_list` convert any tree that holds parameters, an optimiser's included.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,12 +69,12 @@ class Stack(nnx.Module):
         values = jax.vmap(make)(self.period * jnp.arange(self.groups))
         self.blocks = nnx.merge(graph[-1], values)
 
-    def _checkpointed(self, function: Callable) -> Callable:
+    def _checkpointed(self, function: Callable, *, scanned: bool) -> Callable:
         policy = REMAT[self.remat]
         if policy is None:
             return function
         # Only a scan hides the repeated computation from common-subexpression elimination.
-        return jax.checkpoint(function, policy=policy, prevent_cse=not self.stacked)
+        return jax.checkpoint(function, policy=policy, prevent_cse=not scanned)
 
     def _list(self) -> list[tuple[int, int, nnx.Module]]:
         """(index of the layer, its position in the pattern, block) of what is not scanned."""
@@ -92,7 +93,7 @@ class Stack(nnx.Module):
         if self.stacked and self.groups:
             definition, values = nnx.split(self.blocks)
 
-            @self._checkpointed
+            @functools.partial(self._checkpointed, scanned=True)
             def body(x, item):
                 group, values = item
                 for i, block in enumerate(nnx.merge(definition, values)):
@@ -103,7 +104,7 @@ class Stack(nnx.Module):
         for index, _, block in self._list():
             definition, values = nnx.split(block)
 
-            @self._checkpointed
+            @functools.partial(self._checkpointed, scanned=False)
             def one(values, x, definition=definition, index=index):
                 return run(nnx.merge(definition, values), x, index)
 

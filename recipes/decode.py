@@ -12,6 +12,7 @@ import json
 import sys
 import time
 
+import jax
 from absl import flags
 
 import sharding
@@ -72,17 +73,25 @@ class _Printer:
 
 def main() -> None:
     """Decodes what the flags say."""
+    mesh = sharding.mesh(MESH.value or "data:1", None if MESH.value else jax.local_devices()[:1])
+    with sharding.use(mesh, sharding.rules(RULES.value)):
+        _decode(mesh, sharding.rules(RULES.value))
+
+
+def _decode(mesh: jax.sharding.Mesh, rules: sharding.Rules) -> None:
     if CHECKPOINT.value is None:
         raise ValueError("--checkpoint is missing; give the workdir of a training run, e.g. "
                          "--checkpoint=runs/a")
     texts = list(PROMPT.value or [])
     if PROMPT_FILE.value:
-        with open(PROMPT_FILE.value, encoding="utf-8") as file:
-            texts.append(file.read())
+        try:
+            with open(PROMPT_FILE.value, encoding="utf-8") as file:
+                texts.append(file.read())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt_file={PROMPT_FILE.value} is not UTF-8 text: byte "
+                             f"{error.start}; give a text file") from None
     if not texts:
         raise ValueError("there is nothing to continue; give --prompt=TEXT or --prompt_file=FILE")
-    mesh = sharding.mesh(MESH.value) if MESH.value else None
-    rules = sharding.rules(RULES.value)
     model, tokenizer, _ = load_model(CHECKPOINT.value, mesh, rules, DTYPE.value, STEP.value)
     prompts = [tokenizer.encode(text) for text in texts]
     for text, ids in zip(texts, prompts, strict=True):
@@ -91,7 +100,7 @@ def main() -> None:
         if not ids:
             ids.append(tokenizer.bos_id)
     pieces = tokenizer.token_bytes()
-    pieces += [b""] * (model.config.vocab_size - len(pieces))
+    pieces += [b""] * (model.config.vocab_size - len(pieces))  # ids without text
     options = {
         "temperature": TEMPERATURE.value, "top_k": TOP_K.value, "top_p": TOP_P.value,
         "min_p": MIN_P.value, "repetition_penalty": PENALTY.value,
@@ -113,10 +122,11 @@ def main() -> None:
         total = [len(tokens) for tokens in result.tokens]
     else:
         printers = [_Printer(STOP.value, pieces) for _ in prompts]
+        stream = zoo.stream(model, prompts, MAX_NEW_TOKENS.value, **options)
         print(texts[0], end="", flush=True)
         # The first prompt's text appears as it comes; the others' after it, each whole.
         rest: list[list[int]] = [[] for _ in prompts]
-        for piece in zoo.stream(model, prompts, MAX_NEW_TOKENS.value, **options):
+        for piece in stream:
             printers[0].add(piece.tokens[0])
             for i, tokens in enumerate(piece.tokens):
                 rest[i] += tokens

@@ -269,6 +269,7 @@ class _Run:
         ids = self.task.ids(step)
         names = [name for name, good in zip(training.finite_names(self.program), finite,
                                             strict=True) if not good]
+        self.checkpointer.wait()  # A save still under way is not listed yet.
         if step not in self.checkpointer.steps():
             self._save(state, step, wait=True)
         self.line.say(f"step {step + 1}: {names[0]} is not finite; looking for the cause")

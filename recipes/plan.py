@@ -91,9 +91,11 @@ def _compile_train(config: Any, mesh, rules, remat: str):
 
 
 def _compile_decode(config: Any, mesh, rules, chunk: int):
-    if SEQ_LEN.value > config.max_length:
-        raise ValueError(f"seq_len {SEQ_LEN.value}: it must be at most {config.max_length}, the "
-                         f"model's max_length; lower it, or give --set=max_length={SEQ_LEN.value}")
+    if not 1 <= SEQ_LEN.value <= config.max_length:
+        raise ValueError(f"seq_len {SEQ_LEN.value}: it must be in 1..{config.max_length}, the "
+                         "model's max_length, which --set=max_length=N raises")
+    if BATCH_SIZE.value < 1:
+        raise ValueError(f"batch_size {BATCH_SIZE.value}: it must be at least 1")
     model = zoo.build(config, mesh=mesh, rules=rules, abstract=True,
                       dtype=jnp.dtype(DTYPE.value or "bfloat16"))
     definition, params = zoo.protocol.split(model)
@@ -108,7 +110,7 @@ def _out_of_memory(error: jax.errors.JaxRuntimeError) -> tuple[float, float]:
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)",
                       str(error))
     if found is None:
-        raise error
+        raise RuntimeError(f"the compiler failed: {str(error).splitlines()[0]}") from error
     scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     return float(found[1]) * scale[found[2]], float(found[3]) * scale[found[4]]
 

@@ -25,6 +25,8 @@ from zoo import checkpoint
 # (model, batch, key, train) -> (sum, weight, statistics), as a task's `loss`.
 Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
 State = dict[str, Any]
+# Of the state's layout on disk and of what `describe_run` gives.
+FORMAT_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,5 +393,6 @@ def describe_run(program: Program, task: Any, batch_size: int) -> dict[str, Any]
     training = {"seed": program.seed, "batch_size": batch_size, "accumulate": program.accumulate,
                 "dtype": str(program.dtype), "compute_dtype": str(program.compute_dtype),
                 "ema": program.ema, "optimizer": optimizer.pop("name"), **optimizer}
-    record = {"model": zoo.to_dict(program.config), **task.describe(), "training": training}
+    record = {"format_version": FORMAT_VERSION, "model": zoo.to_dict(program.config),
+              **task.describe(), "training": training}
     return json.loads(json.dumps(record))

@@ -18,11 +18,10 @@ import numpy as np
 
 from recipes.optimizer import schedule
 
-_FORMAT_VERSION = 1
 _SHOWN = 5
 # Where the data is said to be matters less than what it is; steps matter as far as they bend the
 # learning rate.
-_FREE = ("format_version", "data.spec", "tokenizer.name", "training.steps")
+_FREE = ("data.spec", "tokenizer.name", "training.steps")
 
 
 def check_config(folder: Path, record: Mapping[str, Any]) -> None:
@@ -39,7 +38,7 @@ def check_config(folder: Path, record: Mapping[str, Any]) -> None:
 
 def write_config(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes what `check_config` compares."""
-    write_json(folder / "config.json", {"format_version": _FORMAT_VERSION, **record})
+    write_json(folder / "config.json", record)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -48,16 +48,21 @@ def ensure_mesh(tree: Any = None):
 
     Dispatch reads its compile target off the ambient mesh, so there always is one.
     """
+    layouts = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
+    mesh = next((s.mesh for s in layouts if isinstance(s, jax.NamedSharding)), None)
     if jax.sharding.get_abstract_mesh().empty:
-        layouts = (getattr(x, "sharding", None) for x in jax.tree.leaves(tree))
-        mesh = next((s.mesh for s in layouts if isinstance(s, jax.NamedSharding)), None)
         if mesh is None:
             device = jax.local_devices()[0]
             mesh = Mesh(np.asarray([device]), ("data",), axis_types=(AxisType.Auto,))
         with jax.set_mesh(mesh):
             yield
-    else:
-        yield
+        return
+    ambient = jax.sharding.get_mesh()
+    if mesh is not None and set(mesh.devices.flat) != set(ambient.devices.flat):
+        raise ShardingError(
+            f"the arrays live on the mesh {dict(mesh.shape)}, and the ambient mesh is "
+            f"{dict(ambient.shape)}, of other devices; use the mesh that the model was built on")
+    yield
 
 
 def _explicit(mesh) -> bool:

@@ -154,6 +154,9 @@ class DecoderLM(nnx.Module):
           Output with hidden [B, T, D] and, unless training, logits float32 [B, T, V].
         """
         tokens = batch["tokens"]
+        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.config.max_length:
+            raise ValueError(f"tokens have the shape {tokens.shape}; they must be [B, T] with T "
+                             f"in 1..{self.config.max_length}, the config's max_length")
         if train and key is None and self.config.dropout:
             raise ValueError(f"dropout is {self.config.dropout}; training needs a key for it")
         segments = batch.get("segment_ids")

@@ -17,6 +17,7 @@ from recipes.tasks import lm
 from tests import tiny
 from tests.recipes import small_run
 from tests.tolerances import EQUAL, EXACT, RESHARDED, assert_close
+from zoo.checkpoint import Checkpointer
 
 CONFIG = tiny.config("llama-60m", num_layers=2)
 ROWS, LENGTH = 16, 12
@@ -321,7 +322,7 @@ def test_a_model_is_loaded_with_its_averaged_parameters(finished):
     model, tokenizer, meta = training.load_model(workdir)
     assert tokenizer.vocab_size == 264 and meta["step"] == 10 and model.config.num_layers == 2
     stacked = zoo.build(model.config, abstract=True, stacked=True)
-    with zoo_checkpointer(workdir) as checkpointer:
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
         stored, _, _ = checkpointer.restore({"ema": zoo.protocol.split(stacked)[1]})
     params = zoo.protocol.split(model)[1]
     assert_close(zoo.protocol.to_stacked(params), stored["ema"], EXACT)
@@ -331,12 +332,6 @@ def test_a_model_is_loaded_with_its_averaged_parameters(finished):
         kernel = jax.tree.leaves(zoo.protocol.split(other)[1])[0]
         assert kernel.dtype == jnp.bfloat16 and len(kernel.sharding.device_set) == (
             1 if mesh == "data:1" else 4)
-
-
-def zoo_checkpointer(workdir):
-    from zoo.checkpoint import Checkpointer
-
-    return Checkpointer(workdir / "checkpoints")
 
 
 def test_loading_says_what_is_missing(finished, tmp_path):
@@ -373,7 +368,7 @@ def test_a_failed_step_is_told_and_kept(tmp_path, capsys):
     failure = json.loads((workdir / "failure.json").read_text())
     assert failure["after_step"] == 1 and failure["example_ids"] == list(range(8, 16))
     assert set(small_run.losses(workdir)) == {1}
-    with zoo_checkpointer(workdir) as checkpointer:
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
         assert checkpointer.latest() == 1
 
 

@@ -248,7 +248,11 @@ class _Run:
         config = model.config
         prompts = _prompts(tokens, valid, config.vocab_size)
         batch, longest = len(prompts), max(len(p) for p in prompts)
-        limits = np.broadcast_to(np.asarray(max_new_tokens), (batch,))
+        limits = np.asarray(max_new_tokens)
+        if limits.shape not in ((), (batch,)):
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be one number, or one "
+                             f"for each of the {batch} prompts")
+        limits = np.broadcast_to(limits, (batch,))
         if not np.issubdtype(limits.dtype, np.integer) or limits.min() < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be an integer >= 1")
         needed = max(len(p) + int(n) for p, n in zip(prompts, limits, strict=True))
@@ -264,11 +268,17 @@ class _Run:
         if len(stop_strings) and token_bytes is None:
             raise ValueError("stop_strings need token_bytes, the bytes of each token id; "
                              "a tokenizer's token_bytes() gives them")
+        if token_bytes is not None and len(token_bytes) > config.vocab_size:
+            raise ValueError(f"token_bytes has {len(token_bytes)} entries; the model has "
+                             f"{config.vocab_size} token ids")
+        # A vocabulary padded beyond its tokenizer: the ids left over have no text.
+        token_bytes = [*(token_bytes or ()), *[b""] * (
+            config.vocab_size - len(token_bytes or ()))]
         self.drafter = Plain() if drafter is None else drafter
         self.drafter_params = drafter_params
         self.definition, self.params = split(model)
         self.request = sampling.request(batch, **settings)
-        self.table = stop.automaton(stop_strings, token_bytes or ())
+        self.table = stop.automaton(stop_strings, token_bytes)
         self.prompt_length = np.array([len(p) for p in prompts], np.int32)
         self.limit = self.prompt_length + limits.astype(np.int32)
         capacity = _bucket(needed, LEAST_CAPACITY) if max_len is None else max_len
@@ -306,6 +316,8 @@ class _Run:
 def generate(model, tokens, max_new_tokens, **options) -> Generation:
     """Continues prompts.
 
+    Runs on the ambient mesh and rules, else on the model's mesh.
+
     Args:
       model: a language model of the zoo.
       tokens: the prompts: lists of token ids of any lengths, or int [B, T] (or [T]).
@@ -339,13 +351,18 @@ def stream(model, tokens: Sequence, max_new_tokens, *, every: int = 16, **option
     """
     if every < 1:
         raise ValueError(f"every is {every}; it must be at least 1 token")
-    mesh_of = split(model)[1]
-    with sharding.ensure_mesh(mesh_of):
+    with sharding.ensure_mesh(split(model)[1]):
         call = _Run(model, tokens, max_new_tokens, **options)
-    start, over, given = call.prompt_length, False, 0
-    while not over:
-        given += every
-        with sharding.ensure_mesh(mesh_of):
-            call.advance(given)
-        piece, start, over = call.fetch(start)
-        yield piece
+        # The pieces run under the mesh and rules of now, whatever is ambient when one is asked.
+        mesh, rules = jax.sharding.get_mesh(), sharding.ambient_rules()
+
+    def pieces() -> Iterator[Generation]:
+        start, over, given = call.prompt_length, False, 0
+        while not over:
+            given += every
+            with sharding.use(mesh, rules):
+                call.advance(given)
+            piece, start, over = call.fetch(start)
+            yield piece
+
+    return pieces()
