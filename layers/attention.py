@@ -153,8 +153,8 @@ class KVCache(State):
     def write(self, key, value, position, valid, length) -> Self:
         """Stores keys [..., B, W, G, K] and values [..., B, W, G, V] at `position` [..., B, W].
 
-        Only those of `valid` [..., B, W] are stored. The leading axis is the layers' in a stack. The valid positions of one request are
-        distinct and lie within S of each other.
+        Only those of `valid` [..., B, W] are stored. The leading axis is the layers' in a stack.
+        The valid positions of one request are distinct and lie within S of each other.
         """
         batch, width = position.shape[-2:]
         if batch * width <= FEW_ROWS:

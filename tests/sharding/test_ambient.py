@@ -84,15 +84,21 @@ def test_constrain_refuses():
 
 
 def test_ensure_mesh():
-    """The mesh of the arrays at hand, else of the first device; never over an ambient one."""
+    """The mesh of the arrays at hand, else of the first device, where none is ambient."""
     mesh = sharding.mesh("tensor:4")
     arrays = {"x": jax.device_put(np.zeros(4), jax.NamedSharding(mesh, P("tensor")))}
     with sharding.ensure_mesh(arrays):
         assert sharding.ambient_mesh().shape == {"tensor": 4}
     with sharding.ensure_mesh({"x": np.zeros(4)}):
         assert jax.sharding.get_abstract_mesh().size == 1
-    with sharding.use(sharding.mesh("data:2")), sharding.ensure_mesh(arrays):
-        assert sharding.ambient_mesh().shape == {"data": 2}
+    with sharding.use(sharding.mesh("data:2,tensor:2")), sharding.ensure_mesh(arrays):
+        assert sharding.ambient_mesh().shape == {"data": 2, "tensor": 2}
+    with (
+        sharding.use(sharding.mesh("data:2")),
+        pytest.raises(ShardingError, match="live on the mesh {'tensor': 4}, .* {'data': 2}"),
+        sharding.ensure_mesh(arrays),
+    ):
+        pass
     assert jax.sharding.get_abstract_mesh().empty
 
 

@@ -155,6 +155,13 @@ def test_packed_documents_equal_documents_alone(name):
     assert_close(packed[:, 5:9], alone[1:, :4])
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 0), (1, 65), (1, 2, 3)], ids=str)
+def test_refuses_tokens_of_another_shape(shape):
+    model = tiny.model(tiny.config("llama3-8b"))
+    with pytest.raises(ValueError, match=r"must be \[B, T\] with T in 1\.\.64"):
+        model({"tokens": np.zeros(shape, np.int32)})
+
+
 def test_dropout_needs_a_key_and_only_in_training():
     model, batch = tiny.model(tiny.config("qwen3-8b", dropout=0.2)), tiny.batch(40, rows=2)
     with pytest.raises(ValueError, match="dropout is 0.2; training needs a key"):

@@ -485,6 +485,7 @@ def test_bfloat16():
         ([[1.5, 2.0]], {}, "prompt 0 has dtype float64; token ids are integers"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0; it must be an integer >= 1"),
         ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ([[1], [2]], {"max_new_tokens": [1, 2, 3]}, "one number, or one for each of the 2 prompts"),
         ([list(range(30))], {"max_new_tokens": 40},
          "a prompt of 30 tokens and max_new_tokens = 40 need 70 places in a cache of 64"),
         ([[1] * 9], {"max_len": 12}, "need 14 places in a cache of 12; .*raise max_len"),
@@ -492,11 +493,29 @@ def test_bfloat16():
         ([[1]], {"temperature": -1.0}, "temperature=-1.0: must be 0"),
         ([[1], [2]], {"seed": [1, 2, 3]}, r"seed has shape \(3,\); .* 2 requests"),
         ([[1]], {"stop_strings": ["a"]}, "stop_strings need token_bytes"),
+        ([[1]], {"stop_strings": ["a"], "token_bytes": [b"a"] * 41}, "41 entries; .* 40 token ids"),
         ([[1, 2]], {"valid": [True, True]}, r"valid of shape \(2,\) must have the shape of tokens"),
         (np.array([[1, 2]]), {"valid": [[False, False]]}, "prompt 0 has shape"),
     ],
 )
 def test_refuses(tokens, options, message):
     small = zoo.build(tiny.config("gpt2"), abstract=True)
-    with pytest.raises(ValueError, match=message):
-        zoo.generate(small, tokens, **{"max_new_tokens": 5, **options})
+    for door in (zoo.generate, zoo.stream):  # at the call, not at the first piece
+        with pytest.raises(ValueError, match=message):
+            door(small, tokens, **{"max_new_tokens": 5, **options})
+
+
+def test_stream_refuses():
+    with pytest.raises(ValueError, match="every is 0; it must be at least 1 token"):
+        zoo.stream(model(), PROMPTS, NEW, every=0)
+
+
+def test_ids_without_text_match_no_stop_string():
+    """A vocabulary padded beyond its tokenizer: the last token with text is not repeated."""
+    known = max(plain().tokens[0][:4]) - 1
+    texts = [b"x"] * known + [b"y"]
+    generation = zoo.generate(model(), PROMPTS[:1], 4, stop_strings=["y"], token_bytes=texts)
+    expected = plain().tokens[0][:4]
+    if known in expected:
+        expected = expected[: expected.index(known) + 1]
+    assert generation.tokens == [expected]
