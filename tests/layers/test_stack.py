@@ -144,7 +144,7 @@ def test_layers_drop_differently():
     definition, params = build(True, 4, windows=(4, 4), dropout=0.5)
     equal = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), params["stack"]["blocks"])
     params["stack"]["blocks"] = {"0": equal["0"], "1": equal["0"]}
-    batch = {"tokens": jnp.zeros((1, 64), jnp.int32)}
+    batch = {"tokens": jnp.zeros((1, 32), jnp.int32)}
     masks = []
 
     def record(x, rate, key):
