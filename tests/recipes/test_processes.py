@@ -80,15 +80,30 @@ def check(workdir, expected):
     assert_close(np.array(list(got.values())), np.array(list(expected.values())), RESHARDED)
 
 
-def test_two_processes_train_and_resume(tmp_path, corpus, alone):
-    for steps in (4, STEPS):
-        job = Job(tmp_path, corpus, 2, f"--steps={steps}")
-        assert job.wait() == [0, 0], job.output()
-    assert "going on after step 4" in job.output()
-    check(tmp_path / "run", alone)
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(folder, corpus, job) of the first half of the run, in two processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    corpus = small_run.write_corpus(folder)
+    job = Job(folder, corpus, 2, f"--steps={STEPS // 2}")
+    assert job.wait() == [0, 0], job.output()
+    return folder, corpus, job
+
+
+def test_two_processes_train_as_one_does(pair, alone):
+    folder, _, job = pair
+    check(folder / "run", {s: x for s, x in alone.items() if s <= STEPS // 2})
     # One of them shows and writes; the other is silent.
     lines = [x for x in job.logs[1].read_text().splitlines() if not x.startswith("[Gloo]")]
     assert lines == []
+
+
+def test_two_processes_resume(pair, alone):
+    folder, corpus, _ = pair
+    job = Job(folder, corpus, 2, f"--steps={STEPS}")
+    assert job.wait() == [0, 0], job.output()
+    assert f"going on after step {STEPS // 2}" in job.output()
+    check(folder / "run", alone)
 
 
 def test_sigterm_to_one_saves_the_same_step_on_both(tmp_path, corpus, alone):
