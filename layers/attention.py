@@ -231,13 +231,13 @@ class AttentionMixer(nnx.Module):
                           ("batch", "seq", "embed"), bias=config.out_bias, gain=gain,
                           key=keys[3], dtype=dtype)
 
-        def head_norm():
+        def head_norm(axis):
             if config.qk_norm is None:
                 return None
-            return Normalize(Norm("rms", config.qk_norm), k, axis="head_dim", key=key,
-                             dtype=dtype)
+            return Normalize(Norm("rms", config.qk_norm), k, axis="head_dim",
+                             rows=("batch", "seq", axis), key=key, dtype=dtype)
 
-        self.query_norm, self.key_norm = head_norm(), head_norm()
+        self.query_norm, self.key_norm = head_norm("heads"), head_norm("kv_heads")
 
     @property
     def _scale(self) -> float:

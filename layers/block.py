@@ -27,8 +27,8 @@ class Block(nnx.Module):
         self.mlp = mlp.build(width, gain=gain, key=keys[1], dtype=dtype)
 
     def _residual(self, x, mixed, key=None):
-        x = x + dropout(mixed, self.dropout, fold(key, 0))
-        x = x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, fold(key, 1))
+        y, x = self.mlp_norm(dropout(mixed, self.dropout, fold(key, 0)), x)
+        x = x + dropout(self.mlp(y), self.dropout, fold(key, 1))
         return sharding.constrain(x, "batch", "seq", "embed")
 
     def __call__(self, x, segment_ids, positions, key=None, context=None) -> jax.Array:

@@ -14,6 +14,7 @@ def cross_entropy(
     weights: jax.Array,
     *,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Cross-entropy of a linear head, without holding the logits of all positions at once.
@@ -24,13 +25,14 @@ def cross_entropy(
       labels: int32 [B, T].
       weights: float32 [B, T]; 0 where there is no label.
       z_loss: coefficient of log(Z)^2 (PaLM, arXiv:2204.02311, section 5).
+      label_smoothing: in [0, 1): the part of the target spread over the vocabulary.
       softcap: logits become ``softcap * tanh(logits / softcap)``.
 
     Returns:
-      (sum in nats, z-loss included; sum of weights; {"log_z_squared": weighted sum of log(Z)^2}),
-      float32 scalars over all shards.
+      (sum in nats, smoothing and z-loss included; sum of weights; weighted sums by name: "nll",
+      the cross-entropy without these two, "z_squared", log(Z)^2, and "correct"), float32 scalars
+      over all shards. Only the first has a gradient.
     """
     sums = sharding.local(cross_entropy_op, hidden, head, labels, weights, z_loss=z_loss,
-                          softcap=softcap)
-    loss, weight, z_sum = (jnp.sum(x) for x in sums)
-    return loss, weight, {"log_z_squared": z_sum}
+                          label_smoothing=label_smoothing, softcap=softcap)
+    return jax.tree.map(jnp.sum, sums)

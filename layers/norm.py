@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, computed in float32."""
+"""RMSNorm and LayerNorm, computed in float32, perhaps with the residual add before it."""
 
 import dataclasses
 
@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import sharding
+from pallas_kernels.layer_norm import layer_norm
+from pallas_kernels.rms_norm import dims, rms_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,22 +33,23 @@ class Normalize(nnx.Module):
     """Normalises the last dimension and scales it by a learned vector, initially one."""
 
     def __init__(self, config: Norm, width: int, *, axis: str | None = "embed",
-                 key: jax.Array, dtype=jnp.float32):
-        self.config = config
+                 rows: tuple[str | None, ...] = ("batch", "seq"), key: jax.Array,
+                 dtype=jnp.float32):
+        """`axis` is the logical axis of the vector, `rows` are those of the other dimensions."""
+        self.config, self.rows = config, rows
         ones = sharding.param(jax.nn.initializers.ones, axis)
         self.scale = nnx.Param(ones(key, (width,), dtype), axes=ones.axes)
         zeros = sharding.param(jax.nn.initializers.zeros, axis)
         self.bias = (
             nnx.Param(zeros(key, (width,), dtype), axes=zeros.axes) if config.bias else None)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., width] -> [..., width] in x's dtype."""
-        y = x.astype(jnp.float32)
-        if self.config.kind == "layer":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.config.eps)
-        axes = self.scale.get_metadata()["axes"]
-        y = y * sharding.gathered(self.scale[...], *axes).astype(jnp.float32)
-        if self.bias is not None:
-            y = y + sharding.gathered(self.bias[...], *axes).astype(jnp.float32)
-        return y.astype(x.dtype)
+    def __call__(self, x: jax.Array, residual: jax.Array | None = None
+                 ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """[*rows, width] -> the same in x's dtype.
+
+        With a residual, (the normalised sum of both, the sum).
+        """
+        op = layer_norm if self.config.kind == "layer" else rms_norm
+        bias = None if self.bias is None else self.bias[...]
+        return sharding.local(op, x, self.scale[...], residual, bias, eps=self.config.eps,
+                              dims=dims(*self.rows))

@@ -18,13 +18,14 @@ from flax import nnx
 
 from layers.dropout import fold
 from layers.mixer import Rows
+from pallas_kernels.dispatch import RESIDUAL
 from sharding.ambient import PRODUCT
 
 # What the backward pass keeps of each block; the rest is computed again.
 REMAT: dict[str, Callable | None] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, RESIDUAL),
 }
 
 

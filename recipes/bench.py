@@ -1,12 +1,17 @@
 """Measures speed, always against a named peer or a measured roofline, in one run.
 
   python -m recipes.bench --suite=lm --peer=transformers
+  python -m recipes.bench --suite=kernels --op=attention --case=8x2048 --compare=plain,torch
 
 Suites:
   lm: training and greedy decoding of a Llama-shaped model (--model), in tokens per second. The
     peer gets the same weights; logits must agree to 1e-4 before anything is timed. Each side runs
     alone in a process of its own while the other sleeps, in turns, --rounds times; medians and
     their ratio are printed. The peer is timed in each of its modes and counts by its best one.
+  kernels: every case (--op, --case) of every kernel op on this device, forward and with the
+    backward pass, by each implementation that can run it and by --compare, with the share of the
+    roofline that the device's measured matrix and copy speed allow. --tune times every tile size
+    too and writes the table by which implementations are chosen.
 """
 
 import json
@@ -17,33 +22,44 @@ import jax
 from absl import flags
 
 from recipes import command
-from recipes.benchmarks import lm
-
-SUITES = {"lm": lm.run}
+from recipes.benchmarks import kernel_peers, kernels, lm
 
 with command.group("What"):
-    SUITE = flags.DEFINE_enum("suite", "lm", sorted(SUITES), "Which suite.")
+    SUITE = flags.DEFINE_enum("suite", "lm", ["kernels", "lm"], "Which suite.")
+with command.group("How"):
+    ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds, sides in turn; medians count.")
+    OUT = flags.DEFINE_string("out", None, "A file for the results as JSON.")
+with command.group("Suite kernels"):
+    OP = flags.DEFINE_string("op", "", "Only ops whose name this regular expression finds.")
+    CASE = flags.DEFINE_string("case", "", "Only cases whose name this regular expression finds.")
+    DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
+                              "Default: bfloat16, on a CPU float32.")
+    COMPARE = flags.DEFINE_list("compare", ["plain"], "Peers beside the op's own implementations: "
+                                f"{', '.join(kernel_peers.PEERS)}.")
+    TUNE = flags.DEFINE_bool("tune", False, "Time every tile size and write the tuned table.")
+with command.group("Suite lm"):
     PEER = flags.DEFINE_enum("peer", "transformers", ["transformers", "none"],
                              "Against whom; none measures this project alone.")
     MODEL = flags.DEFINE_string("model", "llama-60m", "A preset that is a Llama.")
     SET = flags.DEFINE_multi_string("set", [], "Config overrides, as in num_layers=4.")
-with command.group("How"):
-    ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds, sides in turn; medians count.")
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Rows of a training step.")
     SEQ_LEN = flags.DEFINE_integer("seq_len", 256, "Tokens of a row.")
     TRAIN_STEPS = flags.DEFINE_integer("train_steps", 2, "Training steps of a round.")
     DECODE_BATCHES = flags.DEFINE_list("decode_batches", ["1", "4"], "Prompts decoded at once.")
     NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Tokens decoded after a prompt of 32.")
-    OUT = flags.DEFINE_string("out", None, "A file for the results as JSON.")
 
 
 def main() -> None:
     """Runs a suite and prints its table."""
-    result = SUITES[SUITE.value](
-        model=MODEL.value, overrides=command.settings(SET.value),
-        peer=None if PEER.value == "none" else PEER.value, rounds=ROUNDS.value,
-        batch_size=BATCH_SIZE.value, seq_len=SEQ_LEN.value, train_steps=TRAIN_STEPS.value,
-        decode_batches=[int(n) for n in DECODE_BATCHES.value], new_tokens=NEW_TOKENS.value)
+    if SUITE.value == "lm":
+        result = lm.run(
+            model=MODEL.value, overrides=command.settings(SET.value),
+            peer=None if PEER.value == "none" else PEER.value, rounds=ROUNDS.value,
+            batch_size=BATCH_SIZE.value, seq_len=SEQ_LEN.value, train_steps=TRAIN_STEPS.value,
+            decode_batches=[int(n) for n in DECODE_BATCHES.value], new_tokens=NEW_TOKENS.value)
+    else:
+        result = kernels.run(op=OP.value, case=CASE.value, dtype=DTYPE.value,
+                             compare=COMPARE.value, rounds=ROUNDS.value, tune=TUNE.value)
     result["environment"] = {
         "python": platform.python_version(), "jax": jax.__version__,
         "device": jax.devices()[0].device_kind, "machine": platform.processor()

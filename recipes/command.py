@@ -5,6 +5,7 @@ import difflib
 import dis
 import inspect
 import logging
+import math
 import os
 import sys
 import textwrap
@@ -23,6 +24,10 @@ _FLAG_FILES = _ROOT / "recipes" / "flags"
 # Recipe (a module's name) -> title of a group -> its flags by name. They are in FLAGS while the
 # recipe runs: so recipes that are imported together may have flags of the same name.
 _recipes: dict[str, dict[str, dict[str, flags.Flag]]] = {}
+RULES_HELP = (
+    "How the model lies over the mesh: dp, fsdp, tp, or fsdp_tp; then FIELD=AXIS, with commas "
+    "between, to lay a logical axis otherwise, as fsdp_tp,kv_heads=none where there are fewer key "
+    "heads than the tensor axis is wide. AXIS is none, a mesh axis, or several with + between.")
 
 
 class group:
@@ -144,6 +149,10 @@ def _parse(argv: Sequence[str]) -> None:
         raise ValueError(str(error)) from None
     if rest[1:]:
         raise ValueError(f"{rest[1]!r} is no flag; write --NAME=VALUE (--help lists the names)")
+    for name in FLAGS:
+        if isinstance(FLAGS[name].value, float) and not math.isfinite(FLAGS[name].value):
+            raise ValueError(f"--{name}={FLAGS[name].value}: it must be finite; give a number such "
+                             f"as --{name}={FLAGS[name].default or 0.1}")
 
 
 def _find_flag_file(arg: str) -> str:

@@ -23,9 +23,12 @@ _TEXT_SUFFIXES = frozenset(
     (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".py", ".pyi", ".c", ".h", ".cc")
     + (".cpp", ".hpp", ".cu", ".js", ".ts", ".java", ".go", ".rs", ".rb", ".sh", ".sql", ".lua")
 )
-_CACHE_FORMAT = "corpus cache 1"
+_CACHE_FORMAT = "corpus cache 2"
 _CHUNK_BYTES = 1 << 24  # Text handed to the tokenizer at once.
 _CHUNK_TOKENS = 1 << 22  # Tokens of a memory map looked at together.
+# A single text is cut into about so many pieces, but of about so many bytes at most and at least:
+# an evaluation takes whole pieces, and what follows a cut does not see what stands before it.
+_PIECES, _LARGEST_PIECE, _SMALLEST_PIECE = 40, 1 << 16, 1 << 10
 
 _log = logging.getLogger(__name__)
 
@@ -40,10 +43,12 @@ class Corpus:
     Attributes:
       tokens: uint8, uint16 or uint32 [tokens]; a read-only memory map for a .bin file.
       starts: int64 [documents + 1].
-      names: a name per document (path, or path:line), None for a .bin file.
+      names: a name per document (path, path:line, or path@offset for a piece), None for a .bin
+        file.
       document_bytes: int64 [documents], bytes of text of each document.
       document_hashes: uint64 [documents], of each document's text (of its ids for a .bin file).
       tokenizer: the tokenizer that made the ids.
+      is_cut: whether the documents are the pieces of one text, in order.
       manifest: spec, kind, documents, tokens, bytes, sha256 (of tokens, then starts), and the
         tokenizer's fingerprint; JSON-able, to tell whether a resumed run has the same data.
     """
@@ -54,6 +59,7 @@ class Corpus:
     document_bytes: np.ndarray
     document_hashes: np.ndarray
     tokenizer: Tokenizer
+    is_cut: bool
     manifest: dict[str, str | int]
 
     @property
@@ -91,7 +97,9 @@ def load(spec: str, tokenizer: Tokenizer, cache_dir: str | os.PathLike | None = 
         and .jsonl files and, alone, a .bin) or a glob: .jsonl has a document per line in its
         field "text", .bin is a flat array of token ids with documents separated by the eos id
         (little-endian uint16, or as NAME.json beside NAME.bin says: {"dtype", "eos_id",
-        "vocab_size"}), and any other file is UTF-8 text and one document.
+        "vocab_size"}), and any other file is UTF-8 text and one document. Where all there is is
+        one text (of a kilobyte or two at least), it is cut into pieces where paragraphs or lines
+        end, and these are the documents.
       tokenizer: from `recipes.tokenizer.load`; it must have an eos id.
       cache_dir: keeps the ids of tokenized text there, and what a pass over a .bin file found, for
         the next run. Plain bytes of text need no cache and use none.
@@ -121,13 +129,22 @@ def split(corpus: Corpus, fraction: float = 0.05, seed: int = 0) -> tuple[np.nda
     """Document ids (train, heldout), int64, ascending.
 
     A document is held out if a hash of its text and the seed falls below `fraction`. So its side
-    depends on nothing else, not on the other documents, and copies of it are on the same side.
+    depends on nothing else, not on the other documents, and copies of it are on the same side. Of
+    a single text that was cut the last pieces are held out, since neighbours are alike.
 
     Raises:
-      ValueError: fraction is not in (0, 1), or one side would be empty.
+      ValueError: fraction is not 0 (which holds nothing out) nor in (0, 1), or one side would be
+        empty.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"heldout fraction {fraction}: it must lie between 0 and 1")
+    if not 0 <= fraction < 1:
+        raise ValueError(f"heldout fraction {fraction}: it must be 0, or lie between 0 and 1")
+    if fraction == 0:
+        return np.arange(corpus.num_documents), np.zeros(0, np.int64)
+    if corpus.is_cut:
+        pieces = np.arange(corpus.num_documents)
+        ends, room = np.cumsum(corpus.document_bytes), (1 - fraction) * corpus.num_bytes
+        kept = np.clip(np.searchsorted(ends, room, side="right"), 1, len(pieces) - 1)
+        return pieces[:kept], pieces[kept:]
     if not 0 <= seed < 2**64:
         raise ValueError(f"split seed {seed}: it must lie in 0..2**64-1")
     key = _mix(np.array([seed], np.uint64))
@@ -140,7 +157,8 @@ def split(corpus: Corpus, fraction: float = 0.05, seed: int = 0) -> tuple[np.nda
     if len(distinct) == 1:
         raise ValueError(
             f"data {corpus.manifest['spec']!r} holds 1 distinct document, and a split is by whole "
-            "documents; give several files, or a .jsonl with a document per line"
+            "documents; give a longer text, several files, a .jsonl with a document per line, or "
+            "--heldout=0"
         )
     side, enough = ("train", distinct[-2:]) if heldout.all() else ("heldout", distinct[:2])
     raise ValueError(
@@ -295,7 +313,12 @@ def _load_text(
         if cache:
             cache.write(entry)
     kinds = "+".join(sorted({source.kind for source in sources}))
-    return _corpus(spec, kinds, tokenizer, entry.tokens, entry)
+    is_cut = _is_alone(sources) and len(entry.document_bytes) > 1
+    return _corpus(spec, kinds, tokenizer, entry.tokens, entry, is_cut)
+
+
+def _is_alone(sources: list[_Source]) -> bool:
+    return len(sources) == 1 and sources[0].kind == "text"
 
 
 def _tokenize(sources: list[_Source], tokenizer: Tokenizer) -> "_Entry":
@@ -352,10 +375,35 @@ def _read_documents(sources: list[_Source]) -> Iterator[tuple[str, bytes]]:
                 f"{source.name}: {what} at offset {offset} is not UTF-8 text; convert the file, or "
                 "leave it out"
             )
-        if text:
+        if text and _is_alone(sources):
+            yield from _cut(source.name, text)
+        elif text:
             yield source.name, text
         elif source.named:
             raise ValueError(f"{source.name}: the file is empty; leave it out")
+
+
+def _cut(name: str, text: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, piece) of a text: one that is too short for two pieces is its only piece."""
+    size = min(max(len(text) // _PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
+    begin = 0
+    while begin < len(text):
+        end = len(text)
+        if end - begin > 1.5 * size:  # The rest is at least half a piece too.
+            end = _boundary(text, begin + size // 2, begin + size)
+        yield name if end - begin == len(text) else f"{name}@{begin}", text[begin:end]
+        begin = end
+
+
+def _boundary(text: bytes, first: int, last: int) -> int:
+    """The best place in first..last to cut a UTF-8 text: after a paragraph, a line, or a word."""
+    for mark in (b"\n\n", b"\n", b" "):
+        at = text.rfind(mark, first, last)
+        if at >= 0:
+            return at + len(mark)
+    while text[last] & 0xC0 == 0x80:  # Within a character.
+        last -= 1
+    return last
 
 
 def _read_jsonl(source: _Source) -> Iterator[tuple[str, bytes]]:
@@ -438,7 +486,7 @@ def _load_binary(
         entry = _index_binary(path, tokens, eos_id, tokenizer)
         if cache:
             cache.write(entry)
-    return _corpus(spec, "bin", tokenizer, tokens, entry)
+    return _corpus(spec, "bin", tokenizer, tokens, entry, is_cut=False)
 
 
 def _read_sidecar(path: Path, tokenizer: Tokenizer) -> tuple[np.dtype, int]:
@@ -535,7 +583,7 @@ def _file_sha256(path: Path) -> str:
 
 
 def _corpus(
-    spec: str, kind: str, tokenizer: Tokenizer, tokens: np.ndarray, entry: "_Entry"
+    spec: str, kind: str, tokenizer: Tokenizer, tokens: np.ndarray, entry: "_Entry", is_cut: bool
 ) -> Corpus:
     manifest = {
         "spec": spec,
@@ -554,6 +602,7 @@ def _corpus(
         document_bytes=entry.document_bytes,
         document_hashes=entry.document_hashes,
         tokenizer=tokenizer,
+        is_cut=is_cut,
         manifest=manifest,
     )
 

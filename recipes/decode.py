@@ -28,8 +28,7 @@ with command.group("Model"):
                               "To cast the parameters to; default as they were trained.")
     MESH = flags.DEFINE_string("mesh", "", "Mesh of devices, as in data:2,tensor:4; default one "
                                "device.")
-    RULES = flags.DEFINE_enum("rules", "fsdp_tp", sorted(sharding.RULES),
-                              "How the mesh is used.")
+    RULES = flags.DEFINE_string("rules", "fsdp_tp", command.RULES_HELP)
 with command.group("Text"):
     PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat it for a batch.")
     PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file whose text is a prompt, too.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 
 import sharding
 import zoo
@@ -63,7 +64,7 @@ def train(program: training.Program, task: Task, batch_size: int, schedule: Sche
     Raises:
       ValueError: `folder` holds another run, or sizes do not fit the mesh.
       OSError: `folder` cannot be written.
-      RuntimeError: a loss or a gradient is not finite, or another process is gone.
+      RuntimeError: a loss, a gradient or an update is not finite, or another process is gone.
     """
     with contextlib.ExitStack() as exits:
         exits.enter_context(sharding.use(program.mesh, program.rules))
@@ -87,6 +88,10 @@ def _clear_failures() -> Iterator[None]:
         raise RuntimeError(
             "the exchange with the other processes failed, so one of them has probably died; start "
             f"the job again, and it goes on from the last checkpoint ({text})") from error
+
+
+class _Stopped(Exception):
+    """Ends an evaluation: a process was asked to stop, and all of them have learnt of it."""
 
 
 class _Run:
@@ -116,26 +121,26 @@ class _Run:
         self.stop_requested = True
 
     def run(self) -> training.State:
-        state, first = self._start()
+        state, done, evaluated = self._start()
         if self.is_first_process:
-            self.writer = metrics.Writer(self.folder, first)
+            self.writer = metrics.Writer(self.folder, done)
             self.exits.callback(self.writer.close)
-        if first < self.schedule.steps:
-            batches = feed.Feed(self._place, first, self.schedule.steps)
-            with contextlib.closing(batches):
-                state, stopped_at = self._steps(state, first, batches)
-            if stopped_at is not None:
-                self.line.say(f"stopped after step {stopped_at}, which is saved; the same command "
-                              "goes on from there")
-                return state
-        self._finish(state)
+        unfinished, stopped = done < self.schedule.steps, False
+        if unfinished and not evaluated and self.schedule.is_due(self.schedule.eval_every, done):
+            stopped = not self._evaluate(state, done)
+        if unfinished and not stopped:
+            with contextlib.closing(feed.Feed(self._place, done, self.schedule.steps)) as batches:
+                state, done, stopped = self._steps(state, done, batches)
+        if stopped or not self._finish(state):
+            self.line.say(f"stopped after step {done}, which is saved; the same command goes on "
+                          "from there")
         return state
 
-    def _start(self) -> tuple[training.State, int]:
-        """The state to go on from, and the steps behind it."""
+    def _start(self) -> tuple[training.State, int, bool]:
+        """The state to go on from, the steps behind it, and if what was due then is evaluated."""
         workdir.check_config(self.folder, self.record)
         self.checkpointer.prepare()
-        first = self.checkpointer.latest()
+        first, evaluated = self.checkpointer.latest(), True
         if first is None:
             first, state = 0, self.program.init()
         else:
@@ -143,29 +148,34 @@ class _Run:
             workdir.check_same(self.folder, {name: meta.get(name) for name in self.record},
                                self.record)
             workdir.check_steps(self.folder, meta, self.record, first)
+            evaluated = meta.get("evaluated", True)
             self.line.say(f"going on after step {first} of {self.folder}")
         if self.is_first_process:
             workdir.write_config(self.folder, self.record)
-        return state, first
+            self.task.keep(self.folder)
+        return state, first, evaluated
 
     def _place(self, step: int) -> dict[str, jax.Array]:
         return feed.place(functools.partial(self.task.batch, step), self.batch_size,
                           self.program.batch_sharding)
 
     def _steps(self, state: training.State, first: int, batches: feed.Feed
-               ) -> tuple[training.State, int | None]:
-        """Runs the steps; returns the state, and after how many it stopped if it was told to."""
+               ) -> tuple[training.State, int, bool]:
+        """Runs the steps; returns the state, how many are done, and whether it was told to stop."""
         take = training.make_step(self.program)
         began = time.monotonic()
         waiting = None  # The step before, whose metrics are fetched while the next one runs.
         for step in range(first, self.schedule.steps):
             batch = batches.next()
             signals = feed.signals(self.program.mesh, step, self.stop_requested)
-            self._profile(step)
+            self._begin_profile(step)
             # Nothing but what is asked for here may move between host and devices: a transfer
             # that slips in would make the devices wait, every step.
             with jax.transfer_guard("disallow"):
                 state, values = take(state, batch, signals)
+            if self.profiling and step == self.schedule.profile[1]:
+                jax.block_until_ready((state, values))  # It runs on while this goes on.
+                self._end_profile()
             if step == first:
                 jax.block_until_ready(values)
                 self.clock.skip()
@@ -173,20 +183,23 @@ class _Run:
                               f"{time.monotonic() - began:.1f} s")
             stop = waiting is not None and self._conclude(state, *waiting)
             waiting, done = (step, values), step + 1
-            evaluates = self.schedule.is_due(self.schedule.eval_every, done)
+            last = done == self.schedule.steps
+            evaluates = not last and self.schedule.is_due(self.schedule.eval_every, done)
             saves = self.schedule.is_due(self.schedule.save_every, done)
             if not (stop or evaluates or saves):
                 continue
             stop |= self._conclude(state, *waiting)
             waiting = None
-            if evaluates and done < self.schedule.steps:
-                self._evaluate(state, done)
+            # Who asks to stop may not wait for long: a run taken up again evaluates in its stead.
+            evaluated = not evaluates or (not stop and self._evaluate(state, done))
+            stop |= not evaluated
             if saves or stop:
-                self._save(state, done, wait=stop or done == self.schedule.steps)
+                self._save(state, done, evaluated, wait=stop or last)
             if stop:
-                return state, done
+                return state, done, True
             self.clock.resume()
-        return state, None
+        self._end_profile()
+        return state, self.schedule.steps, False
 
     def _conclude(self, state: training.State, step: int, values: dict[str, jax.Array]) -> bool:
         """Takes in the metrics of a step; returns whether any process was asked to stop."""
@@ -208,52 +221,67 @@ class _Run:
         if self.is_first_process:
             self.writer.write(record)
 
-    def _save(self, state: training.State, done: int, wait: bool) -> None:
+    def _save(self, state: training.State, done: int, evaluated: bool, wait: bool) -> None:
         if self.is_first_process:
             self.writer.sync()
-        training.save(self.checkpointer, self.program, state, done, self.record, wait)
+        training.save(self.checkpointer, self.program, state, done,
+                      {**self.record, "evaluated": evaluated}, wait)
 
     @functools.cached_property
     def _loss(self):
         return training.make_evaluation(self.program)
 
-    def _evaluate(self, state: training.State, done: int, final: bool = False
-                  ) -> dict[str, float]:
+    def _evaluate(self, state: training.State, done: int) -> bool:
+        """Evaluates and logs, and returns True, or False where a process was asked to stop."""
+        found = self._measure(state, done, final=False)
+        if found:
+            self.line.say(f"held out after step {done}: "
+                          + ", ".join(f"{name} {x:.4g}" for name, x in found.items()))
+        return found is not None
+
+    def _measure(self, state: training.State, done: int, final: bool) -> dict[str, float] | None:
+        """The held-out metrics, logged, or None where a process was asked to stop."""
         params = state.get("ema", state["params"])
 
         def measure(batch: Batch):
             placed = feed.place(lambda rows: {name: x[rows] for name, x in batch.items()},
                                 self.batch_size, self.program.batch_sharding)
-            total, weight, stats = jax.device_get(self._loss(params, placed))
+            signals = feed.signals(self.program.mesh, done, self.stop_requested)
+            total, weight, stats, stop = jax.device_get(self._loss(params, placed, signals))
+            if stop:
+                raise _Stopped
             return float(total), float(weight), {name: float(x) for name, x in stats.items()}
 
-        found = self.task.evaluate(measure, final)
-        self._log({"step": done, "final" if final else "heldout": found,
-                   "time": self.clock.times()})
-        if not final:
-            self.line.say(f"held out after step {done}: "
-                          + ", ".join(f"{name} {x:.4g}" for name, x in found.items()))
+        try:
+            found = self.task.evaluate(measure, final)
+        except _Stopped:
+            return None
+        if found:
+            self._log({"step": done, "final" if final else "heldout": found,
+                       "time": self.clock.times()})
         return found
 
-    def _finish(self, state: training.State) -> None:
-        found = self._evaluate(state, self.schedule.steps, final=True)
+    def _finish(self, state: training.State) -> bool:
+        """The last evaluation and what is told of the run; False where it was asked to stop."""
+        found = self._measure(state, self.schedule.steps, final=True)
+        if found is None:
+            return False
         if self.is_first_process:
             self.task.draw(self.folder, metrics.read(self.folder / metrics.FILE))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
             1 if sys.platform == "darwin" else 1024)
         self.line.say(f"{self.task.summarize(found)}; {time.monotonic() - self.clock.began:.0f} s, "
                       f"{peak / 2**30:.2f} GiB of memory at the most; in {self.folder}")
+        return True
 
-    def _profile(self, step: int) -> None:
-        """Starts or ends the profile that is due before `step`."""
-        if self.schedule.profile is None:
+    def _begin_profile(self, step: int) -> None:
+        """Starts the profile that is due before `step`, or was due before a run was taken up."""
+        if self.schedule.profile is None or self.profiling:
             return
         first, last = self.schedule.profile
-        if step == first:
+        if first <= step <= last:
             jax.profiler.start_trace(self.folder / "profile")
             self.profiling = True
-        elif step > last:
-            self._end_profile()
 
     def _end_profile(self) -> None:
         if self.profiling:
@@ -269,9 +297,11 @@ class _Run:
         ids = self.task.ids(step)
         names = [name for name, good in zip(training.finite_names(self.program), finite,
                                             strict=True) if not good]
+        # What is made of bad gradients is no news.
+        names = [name for name in names if not name.startswith(training.UPDATE)] or names
         self.checkpointer.wait()  # A save still under way is not listed yet.
         if step not in self.checkpointer.steps():
-            self._save(state, step, wait=True)
+            self._save(state, step, evaluated=True, wait=True)
         self.line.say(f"step {step + 1}: {names[0]} is not finite; looking for the cause")
         try:
             first = self._find_nonfinite(state, step)
@@ -288,7 +318,8 @@ class _Run:
 
     def _find_nonfinite(self, state: training.State, step: int) -> str:
         program = self.program
-        definition, initial = zoo.protocol.split(program.model(abstract=False))
+        model = program.model(abstract=False)
+        definition, initial = zoo.protocol.split(model)
         differentiate = training.make_gradients(program, definition)
 
         def compute(params, batch):
@@ -297,4 +328,10 @@ class _Run:
         batch = self._place(step)
         found = nonfinite.find(compute, {"params": state["params"], "batch": batch},
                                {"params": initial, "batch": batch}, program.replicated)
+        if found is None:  # Then it is in what the optimizer makes of the gradients.
+            gradients = jax.jit(compute)(state["params"], batch)[3]
+            update = training.make_update(program, zoo.protocol.axes(model))
+            inputs = {"gradients": gradients, "state": state}
+            found = nonfinite.find(update, inputs, jax.tree.map(jnp.zeros_like, inputs),
+                                   program.replicated)
         return found or "none when computed one by one, so it overflowed within a fused operation"

@@ -1,6 +1,7 @@
 """AdamW, Lion and Muon from optax, with schedules, and what logical axes say of each parameter."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,15 +50,20 @@ class Optimizer:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.name])
         for name in ("learning_rate", "adam_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)}: it must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)}: it must be above 0, and finite")
         for name in ("warmup_steps", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: it must be 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)}: it must be 0 or more, and finite")
         if self.steps < 1:
             raise ValueError(f"steps {self.steps}: it must be at least 1")
-        if self.grad_clip is not None and not self.grad_clip > 0:
+        if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:
             raise ValueError(f"grad_clip {self.grad_clip}: it must be above 0, or none")
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether an update, but for clipping, is cheap: a few operations on each number."""
+        return self.name != "muon"
 
     def learning_rates(self) -> Callable[[Any], Any]:
         """step -> learning rate."""
@@ -124,14 +130,14 @@ def sides(axes: tuple[str | None, ...]) -> list[tuple[int, ...]]:
     return found
 
 
-def _is_table(axes: tuple[str | None, ...]) -> bool:
+def is_table(axes: tuple[str | None, ...]) -> bool:
     """Whether rows are looked up in it: tokens or absolute positions by width."""
     return axes[-1] == "embed" and axes[0] in ("vocab", None)
 
 
 def decays(axes: tuple[str | None, ...]) -> bool:
     """Whether weight decay applies: to matrices, not to embeddings, biases and norms."""
-    return len(sides(axes)) >= 2 and not _is_table(axes)
+    return len(sides(axes)) >= 2 and not is_table(axes)
 
 
 def muon_dimensions(axes: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers | None:
@@ -140,6 +146,6 @@ def muon_dimensions(axes: tuple[str | None, ...]) -> contrib.MuonDimensionNumber
     For matrices of the blocks, whose stacked layers are a batch; not for tables and the head.
     """
     found = sides(axes)
-    if len(found) != 2 or "vocab" in axes or _is_table(axes):
+    if len(found) != 2 or "vocab" in axes or is_table(axes):
         return None
     return contrib.MuonDimensionNumbers(*found)

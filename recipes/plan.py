@@ -10,8 +10,8 @@ nothing else took any. Needs the compilers: pip install 'parazoo[aot]', best in 
 its own (make aot sets one up).
 """
 
-import functools
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,7 +28,8 @@ from rich.table import Table
 import sharding
 import zoo
 from recipes import command
-from recipes.optimizer import LEARNING_RATES, Optimizer
+from recipes.optimizer import LEARNING_RATES, Optimizer, is_table
+from recipes.tasks.lm import check_length
 from recipes.training import abstract_step
 from sharding import report, topology
 from zoo.decode import loop
@@ -51,7 +52,7 @@ with command.group("Where"):
                                    "v5e:4x4, v5p:4x4x4, v6e:16x16, or GPUs such as h200:8.")
     MESH = flags.DEFINE_string("mesh", "", "Axes over its devices, as in fsdp:16,tensor:4; "
                                "default all on fsdp (decode: on tensor).")
-    RULES = flags.DEFINE_enum("rules", "fsdp_tp", sorted(sharding.RULES), "How the mesh is used.")
+    RULES = flags.DEFINE_string("rules", "fsdp_tp", command.RULES_HELP)
 with command.group("Training"):
     OPTIMIZER = flags.DEFINE_enum("optimizer", "adamw", sorted(LEARNING_RATES), "Which.")
     ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "Microbatches of a step.")
@@ -91,9 +92,7 @@ def _compile_train(config: Any, mesh, rules, remat: str):
 
 
 def _compile_decode(config: Any, mesh, rules, chunk: int):
-    if not 1 <= SEQ_LEN.value <= config.max_length:
-        raise ValueError(f"seq_len {SEQ_LEN.value}: it must be in 1..{config.max_length}, the "
-                         "model's max_length, which --set=max_length=N raises")
+    check_length(config, SEQ_LEN.value)
     if BATCH_SIZE.value < 1:
         raise ValueError(f"batch_size {BATCH_SIZE.value}: it must be at least 1")
     model = zoo.build(config, mesh=mesh, rules=rules, abstract=True,
@@ -148,12 +147,27 @@ def _too_large(config: Any, machine: topology.Topology, mesh, rules,
 
 def _shard_bytes(tree: Any) -> int:
     """Bytes of one device's shards."""
-    return sum(jnp.dtype(x.dtype).itemsize * _product(x.sharding.shard_shape(x.shape))
+    return sum(jnp.dtype(x.dtype).itemsize * math.prod(x.sharding.shard_shape(x.shape))
                for x in jax.tree.leaves(tree))
 
 
-def _product(sizes) -> int:
-    return functools.reduce(lambda a, b: a * b, sizes, 1)
+def decode_reads(config: Any, params: Any, axes: Any, mesh, rules: sharding.Rules, batch: int
+                 ) -> int:
+    """Bytes of parameters that one device reads to decode a token of each of `batch` requests.
+
+    Of a table in which rows are looked up these are the rows of its requests alone, unless the
+    table is the head as well.
+    """
+    rows = rules.sharding(mesh, ("batch",), (batch,)).shard_shape((batch,))[0]
+
+    def read(names, x):
+        shape = list(x.sharding.shard_shape(x.shape))
+        if is_table(names) and not (config.tie_embeddings and "vocab" in names):
+            shape[0] = min(rows, shape[0])
+        return jnp.dtype(x.dtype).itemsize * math.prod(shape)
+
+    found = jax.tree.map(read, axes, params, is_leaf=lambda node: isinstance(node, tuple))
+    return sum(jax.tree.leaves(found))
 
 
 def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]:
@@ -161,6 +175,7 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
     started = time.perf_counter()
     length, batch = SEQ_LEN.value, BATCH_SIZE.value
     advice: list[str] = []
+    axes = zoo.protocol.axes(zoo.build(config, mesh=mesh, rules=rules, abstract=True))
     if MODE.value == "train":
         compiled, params = _compile_train(config, mesh, rules, REMAT.value)
         flops = 3 * batch * length * config.flops_per_token(length)
@@ -177,7 +192,8 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
         whole, params, progress = _compile_decode(config, mesh, rules, loop.CHUNK)
         memory = report.analyse(whole, mesh, machine).memory
         flops = batch * config.flops_at(length)
-        moved = _shard_bytes(params) + _shard_bytes(progress.state)
+        moved = (decode_reads(config, params, axes, mesh, rules, batch)
+                 + _shard_bytes(progress.state))
         found = report.analyse(_compile_decode(config, mesh, rules, 0)[0], mesh, machine,
                                flops=flops, hbm_bytes=moved)
         seconds = time.perf_counter() - started
@@ -189,11 +205,8 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
     tokens = batch * length if MODE.value == "train" else batch
     uneven = sorted({
         f"{axis} of size {size}"
-        for names, x in zip(
-            jax.tree.leaves(zoo.protocol.axes(zoo.build(config, mesh=mesh, rules=rules,
-                                                        abstract=True)),
-                            is_leaf=lambda n: isinstance(n, tuple)),
-            jax.tree.leaves(params), strict=True)
+        for names, x in zip(jax.tree.leaves(axes, is_leaf=lambda n: isinstance(n, tuple)),
+                            jax.tree.leaves(params), strict=True)
         for axis, size in zip(names, x.shape, strict=True)
         if axis in rules.uneven(mesh, names, x.shape)})
     return {
@@ -309,10 +322,11 @@ def main() -> None:
     machine = topology.describe(TOPOLOGY.value)
     axes = MESH.value or ("fsdp:-1" if MODE.value == "train" else "tensor:-1")
     sharding.parse_mesh(axes, machine.num_devices)
+    rules = sharding.rules(RULES.value)
     if not _in_child():
         _run_child()
         return
-    mesh, rules = machine.mesh(axes), sharding.rules(RULES.value)
+    mesh = machine.mesh(axes)
     try:
         result = plan(config, machine, mesh, rules)
     except jax.errors.JaxRuntimeError as error:

@@ -3,8 +3,9 @@
 import functools
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,9 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     fingerprint: str
+
+    def save(self, folder: Path) -> None:
+        """Writes the files from which `load` makes the tokenizer again, if it takes any."""
 
     def encode(self, text: str | bytes, special: bool = False) -> list[int]:
         """Token ids of a text, with no bos or eos added.
@@ -137,6 +141,8 @@ class HuggingFace(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
         except Exception as error:  # The library raises plain Exception for a bad file.
             raise ValueError(f"tokenizer {str(path)!r} cannot be read: {_line(error)}") from error
+        beside = _special_token_files(path.parent)
+        self._files = {"tokenizer.json": contents, **beside}
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.fingerprint = hashlib.sha256(contents).hexdigest()
@@ -144,10 +150,17 @@ class HuggingFace(Tokenizer):
         self._special_ids = {
             i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         }
-        named = _named_special_tokens(path.parent)
+        named = _named_special_tokens(path.parent, beside)
         self.bos_id, self.eos_id, self.pad_id = (
             self._find_special(kind, named.get(kind)) for kind in ("bos", "eos", "pad")
         )
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, contents in self._files.items():
+            part = folder / f"{name}.part"
+            part.write_bytes(contents)
+            os.replace(part, folder / name)
 
     def _find_special(self, kind: str, name: str | None) -> int | None:
         if name is not None:
@@ -205,21 +218,29 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _named_special_tokens(folder: Path) -> dict[str, str]:
+def _special_token_files(folder: Path) -> dict[str, bytes]:
+    """The configuration files beside a tokenizer.json, those that there are."""
+    files = (folder / "special_tokens_map.json", folder / "tokenizer_config.json")
+    try:
+        return {file.name: file.read_bytes() for file in files if file.is_file()}
+    except OSError as error:
+        raise ValueError(f"{str(error.filename)!r} cannot be read: {error.strerror}") from error
+
+
+def _named_special_tokens(folder: Path, files: Mapping[str, bytes]) -> dict[str, str]:
     """{"bos": "<s>", ...}: what the configuration files beside a tokenizer.json name."""
     named = {}
-    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        if not file.is_file():
-            continue
+    for name, contents in files.items():
         try:
-            config = json.loads(file.read_text("utf-8"))
+            config = json.loads(contents.decode("utf-8"))
             for kind in ("bos", "eos", "pad"):
                 token = config.get(f"{kind}_token")
                 token = token.get("content") if isinstance(token, dict) else token
                 if isinstance(token, str):
                     named[kind] = token
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"{str(file)!r} cannot be read: {_line(error)}") from error
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{str(folder / name)!r} cannot be read: {_line(error)}") from error
     return named
 
 

@@ -40,11 +40,13 @@ with command.group("Model"):
 with command.group("Data"):
     _DATA = flags.DEFINE_string("data", "stdlib", "stdlib (the source of Python's standard "
                                 "library), or files, directories and globs with commas between: "
-                                ".txt and other text, .jsonl, or one .bin of token ids.")
+                                ".txt and other text, .jsonl, or one .bin of token ids. A single "
+                                "text is cut into documents where paragraphs or lines end.")
     _TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "bytes, or a tokenizer.json.")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of a step, over all devices.")
     _SEQ_LEN = flags.DEFINE_integer("seq_len", 256, "Tokens of a row.")
-    _HELDOUT = flags.DEFINE_float("heldout", 0.05, "The part of the documents to hold out.")
+    _HELDOUT = flags.DEFINE_float("heldout", 0.05, "The part of the documents to hold out, of a "
+                                  "single text its end; 0: none, and nothing is evaluated.")
 
 with command.group("Optimization"):
     _STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the whole run.")
@@ -80,7 +82,8 @@ with command.group("Run"):
     _KEEP_LAST = flags.DEFINE_integer("keep_last", 3, "How many of the newest stay.")
     _KEEP_EVERY = flags.DEFINE_integer("keep_every", 0, "Those of steps divisible by this stay "
                                        "too; 0: none.")
-    _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST profiles these steps, as 10:15.")
+    _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST profiles these steps, counted from "
+                                   "0, as 10:15; a run taken up in between, those that are left.")
     _COMPILE_CACHE = flags.DEFINE_string("compile_cache", str(_CACHE / "jax"),
                                          "Where compiled programs are kept; empty for nowhere.")
 
@@ -88,8 +91,7 @@ with command.group("Devices"):
     _MESH = flags.DEFINE_string("mesh", "", "AXIS:SIZE of data, fsdp and tensor, with commas "
                                 "between, as fsdp:4,tensor:2; -1 for the rest. Left out: all on "
                                 "fsdp.")
-    _RULES = flags.DEFINE_string("rules", "fsdp_tp", "How models lie over the mesh: dp, fsdp, tp, "
-                                 "or fsdp_tp.")
+    _RULES = flags.DEFINE_string("rules", "fsdp_tp", command.RULES_HELP)
     _EXPLICIT = flags.DEFINE_bool("explicit_axes", False, "Takes jax's Explicit axis types.")
     _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of a job of "
                                        "several; auto on a cluster that jax knows.")

@@ -2,6 +2,7 @@
 
     workdir/
       config.json       what the result depends on; compared when the run is taken up again
+      tokenizer/        its files, if it has any
       checkpoints/      see `zoo.checkpoint`
       metrics.jsonl     every number logged
       loss.png          at the end
@@ -32,7 +33,9 @@ def check_config(folder: Path, record: Mapping[str, Any]) -> None:
     try:
         old = json.loads(path.read_text("utf-8"))
     except ValueError:
-        raise ValueError(f"{path} is not JSON; restore it, or give another --workdir") from None
+        old = None
+    if not isinstance(old, dict):
+        raise ValueError(f"{path} is no JSON object; restore it, or give another --workdir")
     check_same(folder, old, record)
 
 

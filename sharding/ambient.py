@@ -206,7 +206,8 @@ def lookup(table: jax.Array, ids: jax.Array, *out: str | None) -> jax.Array:
     return constrain(jnp.take(table, ids, axis=0, mode="clip"), *out)
 
 
-def local(op: Callable, *operands: Any, rules: Rules | None = None, **options: Any) -> Any:
+def local(op: Callable, *operands: Any, rules: Rules | None = None, dims: Any = None,
+          **options: Any) -> Any:
     """Runs a per-shard op on each device's shards: the project's only ``shard_map``.
 
     It stands outside the op's ``custom_vjp``, so JAX itself sums the gradients of operands that
@@ -218,6 +219,7 @@ def local(op: Callable, *operands: Any, rules: Rules | None = None, **options: A
         communicates over (it then takes the mesh axes' names as an option).
       operands: arrays, or None for an operand left out.
       rules: in place of the ambient ones.
+      dims: in place of the op's, for one that takes operands of several ranks.
       options: passed to the op as they are.
 
     Raises:
@@ -228,7 +230,8 @@ def local(op: Callable, *operands: Any, rules: Rules | None = None, **options: A
     if mesh is None or mesh.size == 1:
         return op(*operands, **options)
     rules = ambient_rules() if rules is None else rules
-    for one, other in op.dims.aligned:
+    dims = op.dims if dims is None else dims
+    for one, other in dims.aligned:
         here, there = rules.mesh_axes(one, mesh), rules.mesh_axes(other, mesh)
         if here != there:
             raise ShardingError(
@@ -238,35 +241,42 @@ def local(op: Callable, *operands: Any, rules: Rules | None = None, **options: A
 
     def layout(axes, shape=None):
         for axis in axes:
-            if axis is not None and axis not in op.dims.shardable and rules.mesh_axes(axis, mesh):
+            if axis is not None and axis not in dims.shardable and rules.mesh_axes(axis, mesh):
                 raise ShardingError(
                     f"{op.__name__} cannot be sharded over {axis!r}, which the rules lay over "
-                    f"{rules.mesh_axes(axis, mesh)}; it can over {sorted(op.dims.shardable)}"
+                    f"{rules.mesh_axes(axis, mesh)}; it can over {sorted(dims.shardable)}"
                 )
-        return rules.spec(*axes, mesh=mesh, shape=shape)
+        return rules.spec(*axes, mesh=mesh, shape=shape, shared=dims.rowwise)
 
-    if len(operands) != len(op.dims.operands):
+    if len(operands) > len(dims.operands):
         raise TypeError(
-            f"{op.__name__} takes {len(op.dims.operands)} operands, not {len(operands)}")
+            f"{op.__name__} takes {len(dims.operands)} operands, not {len(operands)}")
     present = [i for i, x in enumerate(operands) if x is not None]
-    in_specs = tuple(layout(op.dims.operands[i], operands[i].shape) for i in present)
+    in_specs = tuple(layout(dims.operands[i], operands[i].shape) for i in present)
     # What stays whole in the operands because it does not divide is whole in the results too.
     uneven = {axis for i in present
-              for axis in rules.uneven(mesh, op.dims.operands[i], operands[i].shape)}
+              for axis in rules.uneven(mesh, dims.operands[i], operands[i].shape)}
     rules = dataclasses.replace(rules, **dict.fromkeys(uneven))
+    results = dims.results(options) if callable(dims.results) else dims.results
     out_specs = jax.tree.map(
-        layout, op.dims.results, is_leaf=lambda n: isinstance(n, tuple) and _axes_only(n)
+        layout, results, is_leaf=lambda n: isinstance(n, tuple) and _axes_only(n)
     )
-    for axis, option in op.dims.communicates.items():
-        position = [(i, op.dims.operands[i].index(axis)) for i in present
-                    if axis in op.dims.operands[i]][0]
+    for axis, option in dims.communicates.items():
+        position = [(i, dims.operands[i].index(axis)) for i in present
+                    if axis in dims.operands[i]][0]
         entry = in_specs[present.index(position[0])][position[1]]
         options[option] = entry
+
+    varying = frozenset().union(*map(_mesh_axes, in_specs))
 
     @functools.wraps(op)
     def on_shards(*shards):
         full: list = [None] * len(operands)
-        for i, shard in zip(present, shards, strict=True):
+        for i, shard, spec in zip(present, shards, in_specs, strict=True):
+            # Only the transpose of this cast sums a gradient.
+            missing = varying - _mesh_axes(spec) if dims.rowwise else ()
+            if missing:
+                shard = jax.lax.pcast(shard, tuple(sorted(missing)), to="varying")
             full[i] = shard
         return op(*full, **options)
 
@@ -274,8 +284,13 @@ def local(op: Callable, *operands: Any, rules: Rules | None = None, **options: A
     if _explicit(mesh):
         arrays = [jax.sharding.reshard(x, s) for x, s in zip(arrays, in_specs, strict=True)]
     return jax.shard_map(
-        on_shards, in_specs=in_specs, out_specs=out_specs, check_vma=False
+        on_shards, in_specs=in_specs, out_specs=out_specs, check_vma=dims.rowwise
     )(*arrays)
+
+
+def _mesh_axes(spec: P) -> frozenset[str]:
+    return frozenset(name for entry in spec if entry is not None
+                     for name in (entry if isinstance(entry, tuple) else (entry,)))
 
 
 def _axes_only(node: tuple) -> bool:

@@ -74,10 +74,10 @@ def mesh(text: str = "", devices: Sequence | None = None, *, explicit: bool = Fa
     sizes = parse_mesh(text, len(devices))
     needed = math.prod(sizes.values())
     if needed > len(devices):
+        forced = f", or set XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         raise ShardingError(
-            f"mesh {text!r} needs {needed} devices and there are {len(devices)}; use a smaller "
-            "mesh, or on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count="
-            f"{needed}"
+            f"mesh {text!r} needs {needed} devices and there are {len(devices)}; use a smaller mesh"
+            + (forced if devices[0].platform == "cpu" else "")
         )
     if needed < len(devices) and len({d.process_index for d in devices}) > 1:
         grown = ",".join(f"{n}:{-1 if n == next(iter(sizes)) else s}" for n, s in sizes.items())

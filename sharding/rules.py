@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -91,7 +91,8 @@ class Rules:
                         over = ",".join(f"{n}:{mesh.shape[n]}" for n in names)
                         raise ShardingError(
                             f"{axis} of size {shape[position]} does not divide over the mesh "
-                            f"axes {over}; use sizes that divide it, or set rules.{axis} to None"
+                            f"axes {over}; use sizes that divide it, or rules that leave it whole, "
+                            f"as in --rules=fsdp_tp,{axis}=none"
                         )
                     names = ()
             taken.update(dict.fromkeys(names, axis))
@@ -124,10 +125,31 @@ RULES: Mapping[str, Rules] = {
 }
 
 
-def rules(name: str) -> Rules:
-    """A preset: dp (batch only), fsdp (ZeRO-3), tp (Megatron), fsdp_tp (both)."""
+def rules(text: str) -> Rules:
+    """A preset: dp (batch only), fsdp (ZeRO-3), tp (Megatron), fsdp_tp (both).
+
+    Fields may be replaced: ``"fsdp_tp,kv_heads=none"`` leaves key heads whole on every device,
+    where there are fewer of them than the tensor axis is wide; ``"dp,mlp=fsdp+tensor"`` lays one
+    over two mesh axes.
+
+    Raises:
+      ShardingError: an unknown preset, field or mesh axis.
+    """
+    name, *changes = (part.strip() for part in text.split(","))
     if name not in RULES:
-        near = difflib.get_close_matches(name, RULES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ShardingError(f"rules {name!r} are not one of {sorted(RULES)}{hint}")
-    return RULES[name]
+        raise ShardingError(f"rules {name!r} are not one of {sorted(RULES)}{_near(name, RULES)}")
+    fields: dict[str, MeshAxes] = {}
+    for change in changes:
+        field, _, value = (part.strip() for part in change.partition("="))
+        if field not in Rules.__dataclass_fields__ or not value:
+            raise ShardingError(
+                f"rules {text!r}: {change!r} is not FIELD=AXIS, as in kv_heads=none; the fields "
+                f"are {list(Rules.__dataclass_fields__)}{_near(field, Rules.__dataclass_fields__)}")
+        axes = tuple(axis.strip() for axis in value.split("+"))
+        fields[field] = None if value.lower() == "none" else axes[0] if len(axes) == 1 else axes
+    return dataclasses.replace(RULES[name], **fields)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

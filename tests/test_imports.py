@@ -37,6 +37,8 @@ ALLOWED = {
 }
 # Files that may import more than their package.
 ALSO_ALLOWED = {
+    "recipes/benchmarks/kernel_peers.py": {"pallas_kernels", "tokamax", "torch"},
+    "recipes/benchmarks/kernels.py": {"pallas_kernels"},  # times what the layers call
     "recipes/benchmarks/lm.py": {"safetensors"},  # hands a peer its weights
     "recipes/benchmarks/peer_transformers.py": {"safetensors", "torch", "transformers"},
     "zoo/checkpoint.py": {"etils", "orbax", "tensorstore"},  # etils: orbax's paths

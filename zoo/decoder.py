@@ -5,6 +5,9 @@ position of the repeating pattern.
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,17 @@ from layers.stack import Stack
 from zoo import protocol
 from zoo.decode import sampling
 from zoo.protocol import Output, Step
+
+
+def _check_finite(config: Any, prefix: str = "") -> None:
+    """Raises ValueError for a number that is infinite or none, in a config or what it holds."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_finite(value, f"{prefix}{field.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"{prefix}{field.name} is {value}; it must be finite: give a plain number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +69,7 @@ class DecoderConfig:
         for name in ("vocab_size", "width", "num_layers", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _check_finite(self)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
@@ -153,6 +168,9 @@ class DecoderLM(nnx.Module):
         Returns:
           Output with hidden [B, T, D] and, unless training, logits float32 [B, T, V].
         """
+        if not isinstance(batch, Mapping) or "tokens" not in batch:
+            raise ValueError("the batch is no dict with 'tokens', int32 [B, T]; pass "
+                             "{'tokens': tokens}")
         tokens = batch["tokens"]
         if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.config.max_length:
             raise ValueError(f"tokens have the shape {tokens.shape}; they must be [B, T] with T "

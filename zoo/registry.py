@@ -34,8 +34,9 @@ def _presets() -> dict[str, Any]:
 
 
 def _near(name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+    lower = {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
+    return f"; did you mean {lower[near[0]]!r}?" if near else f"; known: {', '.join(sorted(known))}"
 
 
 def list_models() -> list[str]:
@@ -56,6 +57,8 @@ def config(name: str, **overrides: Any) -> Any:
       ValueError: an unknown name or field (with the nearest one), or a value that the config
         refuses.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"the model is {name!r}; give its name, one of zoo.list()")
     if name not in _presets():
         raise ValueError(f"unknown model {name!r}{_near(name, _presets())}")
     return override(_presets()[name](), overrides)
@@ -63,6 +66,11 @@ def config(name: str, **overrides: Any) -> Any:
 
 def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     """`config` with the fields at dotted paths replaced, all at once; see `config`."""
+    return _override(config, overrides, "")
+
+
+def _override(config: Any, overrides: Mapping[str, Any], prefix: str) -> Any:
+    """`prefix` is the path of `config` in the whole, with a dot after it; for messages."""
     nested: dict[str, dict] = {}
     changes: dict[str, Any] = {}
     known = {f.name: f for f in dataclasses.fields(config)}
@@ -70,18 +78,19 @@ def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     for path, value in overrides.items():
         head, _, rest = path.partition(".")
         if head not in known:
-            raise ValueError(
-                f"{type(config).__name__.lower()} has no field {head!r}{_near(head, known)}")
+            owner = prefix.rstrip(".") or type(config).__name__.lower()
+            raise ValueError(f"{owner} has no field {head!r}{_near(head, known)}")
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:
-            changes[head] = _convert(value, hints[head], path)
+            changes[head] = _convert(value, hints[head], prefix + head)
     for head, inner in nested.items():
         child = changes.get(head, getattr(config, head))
         if not dataclasses.is_dataclass(child):
-            raise ValueError(f"{head!r} is {child!r}, which has no fields; cannot set "
-                             f"{head}.{next(iter(inner))}")
-        changes[head] = override(child, inner)
+            path = prefix + head
+            raise ValueError(f"{path!r} is {child!r}, which has no fields; cannot set "
+                             f"{path}.{next(iter(inner))}")
+        changes[head] = _override(child, inner, f"{prefix}{head}.")
     return dataclasses.replace(config, **changes)
 
 
@@ -91,7 +100,8 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         if types.NoneType in options:
             return None
-        raise ValueError(f"{path} cannot be none; it is a {hint.__name__}")
+        article = "an" if hint.__name__[0] in "aeiouAEIOU" else "a"
+        raise ValueError(f"{path} cannot be none; it is {article} {hint.__name__}")
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, option):
             return value
@@ -188,11 +198,22 @@ def _maker(config, dtype, stacked, remat, mesh, rules):
     return definition, abstract, jax.jit(make, out_shardings=layout)
 
 
+def _param_dtype(dtype: Any) -> np.dtype:
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype is {dtype if found is None else found}; parameters are float32 "
+                         "or bfloat16")
+    return found
+
+
 def build(
     name_or_config: Any,
     seed: int = 0,
-    mesh: jax.sharding.Mesh | None = None,
-    rules: sharding.Rules | None = None,
+    mesh: jax.sharding.Mesh | str | None = None,
+    rules: sharding.Rules | str | None = None,
     dtype=jnp.float32,
     abstract: bool = False,
     stacked: bool | None = None,
@@ -203,8 +224,10 @@ def build(
     Args:
       name_or_config: a preset's name or a config.
       seed: of the parameters.
-      mesh: where; default the ambient mesh, else the first device alone.
-      rules: how parameters are laid over the mesh; default the ambient rules (fsdp_tp).
+      mesh: where, also as a text for `sharding.mesh`; default the ambient mesh, else the first
+        device alone.
+      rules: how parameters are laid over the mesh, also as a text for `sharding.rules`; default
+        the ambient rules (fsdp_tp).
       dtype: of the parameters, jnp.float32 or jnp.bfloat16. The model computes in it.
       abstract: True leaves ShapeDtypeStructs (with shardings) in place of arrays.
       stacked: True for scanned, stacked layers, False for a list of layers, None for what suits
@@ -220,10 +243,13 @@ def build(
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it must be from 0 to 2**32 - 1: take it modulo 2**32")
-    if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"dtype is {jnp.dtype(dtype)}; parameters are float32 or bfloat16")
-    if isinstance(name_or_config, str):
+    dtype = _param_dtype(dtype)
+    if not dataclasses.is_dataclass(name_or_config):
         name_or_config = config(name_or_config)
+    if isinstance(mesh, str):
+        mesh = sharding.mesh(mesh)
+    if isinstance(rules, str):
+        rules = sharding.rules(rules)
     if mesh is None:
         mesh = jax.sharding.get_mesh()
         if mesh.empty:
@@ -233,5 +259,5 @@ def build(
         stacked = mesh.devices.flat[0].platform != "cpu"
     with sharding.use(mesh, rules):
         definition, shapes, make = _maker(
-            name_or_config, jnp.dtype(dtype), stacked, remat, mesh, rules)
+            name_or_config, dtype, stacked, remat, mesh, rules)
         return merge(definition, shapes if abstract else make(np.uint32(seed)))

@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.attention import MASKED
 
-def attention(query, key, value, query_segments, key_segments, *, scale, causal, window, softcap):
+
+def attention(query, key, value, query_segments=None, key_segments=None, block_mask=None, *,
+              scale, causal=True, window=None, softcap=None, partial=False):
     """See `pallas_kernels.attention.attention`; holds all [B, H, T, S] scores."""
     t, s = query.shape[1], key.shape[1]
     repeat = query.shape[2] // key.shape[2]
@@ -20,5 +23,15 @@ def attention(query, key, value, query_segments, key_segments, *, scale, causal,
         seen &= age < window
     if query_segments is not None:
         seen &= query_segments[:, :, None] == key_segments[:, None, :]
-    scores = jnp.where(seen[:, None], scores, jnp.finfo(scores.dtype).min)
-    return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores, axis=-1), value)
+    if block_mask is not None:
+        blocks = jnp.repeat(block_mask, t // block_mask.shape[0], axis=0)
+        seen &= jnp.repeat(blocks, s // block_mask.shape[1], axis=1)
+    seen = seen[:, None]
+    m = jax.lax.stop_gradient(jnp.max(jnp.where(seen, scores, MASKED), axis=-1))
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, scores - m[..., None], 0)), 0)
+    l = jnp.sum(weights, axis=-1)
+    o = jnp.einsum("bhts,bshv->bthv", weights, value)
+    m, l = (jnp.swapaxes(x, 1, 2) for x in (m, l))
+    if partial:
+        return m, l, o
+    return o / jnp.where(l > 0, l, 1)[..., None]

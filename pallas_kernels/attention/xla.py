@@ -1,70 +1,255 @@
-"""Attention for any XLA back end, one block of query rows at a time.
+"""Attention for any XLA back end: tiles of scores in loops, forward and backward.
 
-Each block reads only the keys it can see, so a causal sequence costs half of the square, and a
-window costs what it spans. Blocks are recomputed in the backward pass, so nothing of size T x T
-is kept.
+Only tiles that the causal mask and the window let through are visited, so a causal sequence costs
+half of the square and a window what it spans. Memory is linear in the length: the backward pass
+makes the tiles again (FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2).
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-# Rows in a block: enough for full matrix tiles. At most MAX_BLOCKS of them are laid out, so that
-# the compiled program stays small at any length.
-BLOCK_ROWS = 512
-MAX_BLOCKS = 16
-MASKED = -1e30
+from pallas_kernels.attention import MASKED
+from pallas_kernels.attention.gradient import differentiable
 
-
-def _block(query, key, value, query_segments, key_segments, *, first, start, scale, causal,
-           window, softcap):
-    """Query rows first.. against keys start..: [B, T', G, R, K], [B, S', G, K], [B, S', G, V]."""
-    scores = jnp.einsum("btgrk,bsgk->bgrts", query, key, preferred_element_type=jnp.float32)
-    scores = scores * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    t, s = query.shape[1], key.shape[1]
-    age = (first + jnp.arange(t))[:, None] - (start + jnp.arange(s))
-    seen = None
-    if causal:
-        seen = age >= 0
-    if window is not None:
-        seen = seen & (age < window)
-    if query_segments is not None:
-        same = (query_segments[:, :, None] == key_segments[:, None, :])[:, None, None]
-        seen = same if seen is None else seen & same
-    if seen is not None:
-        scores = jnp.where(seen, scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum(
-        "bgrts,bsgv->btgrv", weights, value, preferred_element_type=jnp.float32
-    ).astype(query.dtype)
+# Queries and keys of a tile. A sequence of fewer is one tile, without loops or padding.
+BLOCK_Q = 512
+BLOCK_K = 256
 
 
-def attention(query, key, value, query_segments, key_segments, *, scale, causal, window, softcap):
-    """See `pallas_kernels.attention.attention`."""
-    b, t, h, k = query.shape
-    s, g = key.shape[1:3]
-    query = query.reshape(b, t, g, h // g, k)
-    rows = max(BLOCK_ROWS, -(-t // MAX_BLOCKS))
-    rows = -(-rows // BLOCK_ROWS) * BLOCK_ROWS
-    outputs = []
-    for first in range(0, t, rows):
-        last = min(first + rows, t)
-        start = 0 if window is None else max(0, first - window + 1)
-        stop = last if causal else s
-        block = functools.partial(
-            _block, first=first, start=start, scale=scale, causal=causal, window=window,
-            softcap=softcap,
-        )
-        if t > rows:
-            block = jax.checkpoint(block)
-        segments = (None, None)
+def supports(target, query, key, value, *masks, **options):
+    """Everything."""
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tiles:
+    """How T queries and S keys are cut, and which key tiles a query tile meets."""
+
+    t: int
+    s: int
+    bq: int
+    bk: int
+    causal: bool
+    window: int | None
+
+    @property
+    def nq(self) -> int:
+        return -(-self.t // self.bq)
+
+    @property
+    def nk(self) -> int:
+        return -(-self.s // self.bk)
+
+    def keys(self, i):
+        """(first, first that only a mask cuts, end) of query tile i's key tiles."""
+        first, last = i * self.bq, i * self.bq + self.bq - 1
+        start = 0
+        if self.window is not None:
+            start = lax.max(first - self.window + 1, 0) // self.bk
+        end = lax.min(last // self.bk + 1, self.nk) if self.causal else self.nk
+        # Tiles before `whole` lie under the diagonal and inside the sequence.
+        whole = first // self.bk if self.causal else self.s // self.bk
+        return start, whole if self.window is None else start, end
+
+    def queries(self, j):
+        """(first, end) of key tile j's query tiles."""
+        first, last = j * self.bk, j * self.bk + self.bk - 1
+        start = first // self.bq if self.causal else 0
+        end = self.nq
+        if self.window is not None:
+            end = lax.min((last + self.window - 1) // self.bq + 1, self.nq)
+        return start, end
+
+
+def _split(x, blocks, size, axis_order):
+    """[B, T, ...] as [blocks, B, ...], time padded; `axis_order` of [blocks, B, size, ...]."""
+    short = blocks * size - x.shape[1]
+    if short:
+        x = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], blocks, size, *x.shape[2:])
+    return jnp.transpose(x, axis_order)
+
+
+class _Problem:
+    """The operands in tiles, and the mathematics of one tile."""
+
+    def __init__(self, query, key, value, query_segments, key_segments, block_mask, *, scale,
+                 causal, window, softcap, block_q, block_k, dtype):
+        b, t, h, k = query.shape
+        s, g = key.shape[1:3]
+        self.softcap, self.block_mask = softcap, block_mask
+        self.shape, self.groups, self.repeat = (b, t, h, k), g, h // g
+        self.tiles = _Tiles(t, s, min(block_q, t), min(block_k, s), causal, window)
+        tiles = self.tiles
+        # Scaling the queries costs less than scaling the scores; bfloat16 would round them.
+        exact = query.dtype == jnp.float32 or math.frexp(scale)[0] == 0.5
+        self.query_scale, self.scale = (scale, 1.0) if exact else (1.0, scale)
+        # [nq, B, G, R * bq, K]: the rows of one key head lie together.
+        self.q = self.rows(query * self.query_scale if exact else query)
+        self.k = _split(key, tiles.nk, tiles.bk, (1, 0, 3, 2, 4))
+        self.v = _split(value, tiles.nk, tiles.bk, (1, 0, 3, 2, 4))
+        self.segments = None
         if query_segments is not None:
-            segments = (query_segments[:, first:last], key_segments[:, start:stop])
-        outputs.append(
-            block(query[:, first:last], key[:, start:stop], value[:, start:stop], *segments)
-        )
-    out = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
-    return out.reshape(b, t, h, value.shape[-1])
+            self.segments = (_split(query_segments, tiles.nq, tiles.bq, (1, 0, 2)),
+                             _split(key_segments, tiles.nk, tiles.bk, (1, 0, 2)))
+        # Whether interior tiles are masked by more than their place.
+        self.by_data = self.segments is not None or block_mask is not None
+
+    def rows(self, x):
+        """[B, T, H, ...] as [nq, B, G, R * bq, ...]."""
+        b, t = x.shape[:2]
+        x = x.reshape(b, t, self.groups, self.repeat, *x.shape[3:])
+        rest = tuple(range(5, x.ndim + 1))
+        x = _split(x, self.tiles.nq, self.tiles.bq, (1, 0, 3, 4, 2, *rest))
+        return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+    def unrows(self, x):
+        """The inverse of `rows`."""
+        nq, b, g = x.shape[:3]
+        x = x.reshape(nq, b, g, self.repeat, self.tiles.bq, *x.shape[4:])
+        rest = tuple(range(5, x.ndim))
+        x = jnp.transpose(x, (1, 0, 4, 2, 3, *rest))
+        x = x.reshape(b, nq * self.tiles.bq, g * self.repeat, *x.shape[5:])
+        return x[:, : self.tiles.t]
+
+    def seen(self, i, j, *, by_place):
+        """bool, broadcastable to [B, G, R, bq, bk]: which pairs of a tile the masks let through."""
+        tiles = self.tiles
+        queries = i * tiles.bq + lax.broadcasted_iota(jnp.int32, (tiles.bq, tiles.bk), 0)
+        keys = j * tiles.bk + lax.broadcasted_iota(jnp.int32, (tiles.bq, tiles.bk), 1)
+        masks = []
+        if by_place:
+            if tiles.causal:
+                masks.append(keys <= queries)
+            elif tiles.s % tiles.bk:
+                masks.append(keys < tiles.s)
+            if tiles.window is not None:
+                masks.append(queries - keys < tiles.window)
+        if self.segments is not None:
+            one, other = self.segments
+            masks.append((one[i][:, :, None] == other[j][:, None, :])[:, None, None])
+        if self.block_mask is not None:
+            nq, nk = self.block_mask.shape
+            masks.append(self.block_mask[jnp.minimum(queries // (tiles.t // nq), nq - 1),
+                                         jnp.minimum(keys // (tiles.s // nk), nk - 1)])
+        return functools.reduce(jnp.logical_and, masks) if masks else None
+
+    def mask(self, x, seen, fill):
+        """`x` [B, G, R * bq, bk] where `seen`, else `fill`."""
+        if seen is None:
+            return x
+        full = x.reshape(*x.shape[:2], self.repeat, self.tiles.bq, self.tiles.bk)
+        return jnp.where(seen, full, fill).reshape(x.shape)
+
+    def scores(self, q, j):
+        scores = jnp.einsum("bgnk,bgsk->bgns", q, self.k[j], preferred_element_type=jnp.float32)
+        scores = scores if self.scale == 1.0 else scores * self.scale
+        return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
+
+
+def _forward(*operands, dtype, **options):
+    problem = _Problem(*operands, dtype=dtype, **options)
+    tiles = problem.tiles
+
+    def row(i):
+        q = problem.q[i]
+
+        def visit(j, carry, *, by_place):
+            m, l, o = carry
+            scores = problem.scores(q, j)
+            seen = problem.seen(i, j, by_place=by_place)
+            scores = problem.mask(scores, seen, MASKED)
+            new = jnp.maximum(m, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - new[..., None])
+            if seen is not None and problem.by_data:
+                # Where a row has seen nothing yet, exp(MASKED - MASKED) is 1.
+                weights = problem.mask(weights, seen, 0.0)
+            shrink = jnp.exp(m - new)
+            values = jnp.einsum("bgns,bgsv->bgnv", weights.astype(problem.v.dtype), problem.v[j],
+                                preferred_element_type=jnp.float32)
+            return (new, l * shrink + jnp.sum(weights, axis=-1), o * shrink[..., None] + values)
+
+        carry = (jnp.full(q.shape[:-1], MASKED, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32),
+                 jnp.zeros((*q.shape[:-1], problem.v.shape[-1]), jnp.float32))
+        start, whole, end = tiles.keys(i)
+        inside = functools.partial(visit, by_place=False)
+        edge = functools.partial(visit, by_place=True)
+        if tiles.nk == 1:
+            m, l, o = edge(0, carry)
+        else:
+            m, l, o = lax.fori_loop(whole, end, edge, lax.fori_loop(start, whole, inside, carry))
+        return (o / jnp.where(l > 0, l, 1.0)[..., None]).astype(dtype), m, l
+
+    if tiles.nq == 1:
+        o, m, l = jax.tree.map(lambda x: x[None], row(0))
+    else:
+        o, m, l = lax.map(row, jnp.arange(tiles.nq))
+    return problem.unrows(o), problem.unrows(m), problem.unrows(l)
+
+
+def _backward(*operands_and_rows, dtype, **options):
+    *operands, lse, delta, d_o = operands_and_rows
+    problem = _Problem(*operands, dtype=dtype, **options)
+    tiles, kind = problem.tiles, operands[1].dtype
+    lse, delta, d_o = problem.rows(lse), problem.rows(delta), problem.rows(d_o.astype(kind))
+    d_q = jnp.zeros(problem.q.shape, jnp.float32)
+
+    def column(d_q, j):
+        def visit(i, carry):
+            d_q, d_k, d_v = carry
+            q, upstream = problem.q[i], d_o[i]
+            scores = problem.scores(q, j)
+            weights = jnp.exp(scores - lse[i][..., None])
+            weights = problem.mask(weights, problem.seen(i, j, by_place=True), 0.0)
+            d_v += jnp.einsum("bgns,bgnv->bgsv", weights.astype(kind), upstream,
+                              preferred_element_type=jnp.float32)
+            d_weights = jnp.einsum("bgnv,bgsv->bgns", upstream, problem.v[j],
+                                   preferred_element_type=jnp.float32)
+            d_scores = weights * (d_weights - delta[i][..., None])
+            if problem.scale != 1.0:
+                d_scores *= problem.scale
+            if problem.softcap is not None:
+                d_scores *= 1.0 - (scores / problem.softcap) ** 2
+            d_scores = d_scores.astype(kind)
+            d_k += jnp.einsum("bgns,bgnk->bgsk", d_scores, q, preferred_element_type=jnp.float32)
+            new = jnp.einsum("bgns,bgsk->bgnk", d_scores, problem.k[j],
+                             preferred_element_type=jnp.float32)
+            d_q = lax.dynamic_update_index_in_dim(
+                d_q, lax.dynamic_index_in_dim(d_q, i, 0, False) + new, i, 0)
+            return d_q, d_k, d_v
+
+        carry = (d_q, jnp.zeros(problem.k.shape[1:], jnp.float32),
+                 jnp.zeros(problem.v.shape[1:], jnp.float32))
+        start, end = tiles.queries(j)
+        if tiles.nq == 1:
+            d_q, d_k, d_v = visit(0, carry)
+        else:
+            d_q, d_k, d_v = lax.fori_loop(start, end, visit, carry)
+        return d_q, (d_k.astype(kind), d_v.astype(kind))
+
+    if tiles.nk == 1:
+        d_q, new = column(d_q, 0)
+        d_k, d_v = jax.tree.map(lambda x: x[None], new)
+    else:
+        d_q, (d_k, d_v) = lax.scan(column, d_q, jnp.arange(tiles.nk))
+
+    def join(x):
+        """[nk, B, G, bk, D] as [B, S, G, D]."""
+        x = jnp.transpose(x, (1, 0, 3, 2, 4))
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : tiles.s]
+
+    d_q = problem.unrows(d_q) * problem.query_scale
+    return d_q.astype(operands[0].dtype), join(d_k), join(d_v)
+
+
+_attention = differentiable(_forward, _backward)
+
+
+def attention(*operands, block_q=BLOCK_Q, block_k=BLOCK_K, **options):
+    """See `pallas_kernels.attention.attention`."""
+    return _attention(*operands, block_q=block_q, block_k=block_k, **options)

@@ -3,23 +3,31 @@
 Why it is an op: [tokens, vocabulary] float32 logits are the largest array of a language model's
 step (9.3 GiB at 16k tokens and a 152k vocabulary). Only a slice of positions is held at a time.
 The cotangent of a summed loss is one scalar, so both gradients are made in the forward pass and
-merely scaled in the backward pass: three matmuls altogether, as many as the plain form.
+merely scaled in the backward pass: three matmuls altogether, as many as the plain form, where
+kernels that keep no slice of logits make them twice and pay four or five.
+Floor: 2 N D V FLOPs without gradients, 6 N D V with both, and one read of hidden and head.
+
+The chips' own kernels stand behind XLA because no one has timed them on a chip yet: by bytes they
+save 12 of the 18 that XLA's form moves for every logit, and half of a slice's room, but their
+matmul has to keep up with XLA's. A tuned table changes the order.
 """
 
 import jax
 
-from pallas_kernels.cross_entropy import xla
-from pallas_kernels.dims import Dims, op
+from pallas_kernels.dims import Dims
+from pallas_kernels.dispatch import op
+
+METRICS = ("nll", "z_squared", "correct")
 
 DIMS = Dims(
     operands=(("batch", None, None), (None, "vocab"), ("batch", None), ("batch", None)),
-    results=(("batch",), ("batch",), ("batch",)),
+    results=(("batch",), ("batch",), dict.fromkeys(METRICS, ("batch",))),
     shardable=frozenset({"batch", "vocab"}),
     communicates={"vocab": "vocab_axis"},
 )
 
 
-@op(DIMS)
+@op(DIMS, cpu=("xla",), tpu=("xla", "tpu"), gpu=("xla", "gpu"))
 def cross_entropy(
     hidden: jax.Array,
     head: jax.Array,
@@ -27,34 +35,44 @@ def cross_entropy(
     weights: jax.Array,
     *,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     softcap: float | None = None,
     vocab_axis: str | tuple[str, ...] | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weighted sum of ``-log softmax(cap(hidden @ head))[label] + z_loss * log(Z)^2``.
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Weighted sum over positions of the cross-entropy of ``softmax(cap(hidden @ head))``.
+
+    With ``p`` that softmax, ``Z`` its normaliser and ``e = label_smoothing``, a position's loss is
+    ``-(1 - e) log p[label] - e mean(log p) + z_loss log(Z)^2``: smoothing (Szegedy et al.,
+    arXiv:1512.00567, section 7) as in `torch.nn.CrossEntropyLoss`, the z-loss as in PaLM
+    (arXiv:2204.02311, section 5).
 
     Args:
       hidden: [B, T, D]; differentiable.
       head: [D, V]; differentiable. Sharded over the vocabulary where `vocab_axis` is given.
       labels: int32 [B, T] in 0..V-1 of the whole vocabulary; ignored where the weight is 0.
       weights: float32 [B, T].
-      z_loss: coefficient of the squared log-normaliser (PaLM, arXiv:2204.02311, section 5).
+      z_loss: coefficient of the squared log-normaliser.
+      label_smoothing: in [0, 1): the part of the target that is spread over the vocabulary.
       softcap: logits become ``softcap * tanh(logits / softcap)``.
       vocab_axis: the mesh axes over which `head` is sharded, inside a shard_map.
 
     Returns:
-      Three float32 arrays of one element a shard: the loss sum (z-loss included), the weight
-      sum, and the weighted sum of ``log(Z)^2``. Only the first has a gradient.
+      (loss sum, weight sum, metrics), float32 arrays of one element a shard. The metrics are
+      weighted sums too: "nll", ``-log p[label]`` without smoothing and z-loss, in nats;
+      "z_squared", ``log(Z)^2``; "correct", 1 where the label is the first largest logit. Only the
+      loss sum has a gradient.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      ValueError: shapes that do not fit together, or options out of range.
     """
-    if head.ndim != 2 or hidden.shape[-1] != head.shape[0]:
+    if head.ndim != 2 or hidden.ndim != 3 or hidden.shape[-1] != head.shape[0]:
         raise ValueError(f"cross_entropy: hidden {hidden.shape} and head {head.shape} must be "
                          "[B, T, D] and [D, V]")
     if labels.shape != hidden.shape[:2] or weights.shape != hidden.shape[:2]:
         raise ValueError(f"cross_entropy: labels {labels.shape} and weights {weights.shape} must "
                          f"be {hidden.shape[:2]}, as hidden {hidden.shape} says")
-    sums = xla.cross_entropy(
-        hidden, head, labels, weights, z_loss=z_loss, softcap=softcap, vocab_axis=vocab_axis
-    )
-    return tuple(x[None] for x in sums)
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"cross_entropy: label_smoothing={label_smoothing} must be in [0, 1); "
+                         "0 turns it off")
+    if softcap is not None and softcap <= 0.0:
+        raise ValueError(f"cross_entropy: softcap={softcap} must be > 0; None turns it off")

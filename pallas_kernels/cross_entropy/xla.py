@@ -1,118 +1,67 @@
-"""Cross-entropy for any XLA back end: a loop over slices of time."""
+"""Cross-entropy for any XLA back end: float32 logits of a slice of positions at a time."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-# Logits held at once: about this many, but never so few tokens that re-reading the head
-# dominates. A short sequence is still cut in two.
-SLICE_LOGITS = 1 << 20
-MIN_TOKENS = 512
+from pallas_kernels.cross_entropy.slices import Statistics, differentiable, rows_per_slice
+from pallas_kernels.dispatch import Target
+
+# platform -> about so many logits are held at once, but never so few rows; and the multiple of
+# which rows are. On a CPU slices stay in its caches. Elsewhere every slice adds to D x V float32 in
+# memory, which takes as long as its product where rows are 750 (v5p) or 820 (H200). A TPU gets
+# fewer, for the room: 16k positions then hold 1/32 of their logits.
+SLICES = {"cpu": (1 << 20, 512, 1), "tpu": (1 << 26, 512, 16), "gpu": (1 << 27, 1024, 16)}
 
 
-def slice_length(batch: int, time: int, vocab: int) -> int:
-    """Positions per slice; slices of equal length, at least two of them."""
-    tokens = max(MIN_TOKENS, SLICE_LOGITS // vocab)
-    longest = max(1, min(tokens // batch, -(-time // 2)))
-    return -(-time // -(-time // longest))
+def slice_rows(positions: int, vocab: int, platform: str) -> int:
+    """Rows of a slice on a platform."""
+    logits, fewest, multiple = SLICES[platform]
+    return rows_per_slice(positions, max(fewest, logits // vocab), multiple)
 
 
-def _slice_terms(hidden, head, labels, weights, z_loss, softcap, vocab_axis, with_gradients):
-    """Sums, and gradients for a unit cotangent, of one slice [B, C, D]."""
-    raw = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=jnp.float32)
-    logits = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
-    columns = head.shape[1]
-    offset = 0 if vocab_axis is None else lax.axis_index(vocab_axis) * columns
-    # Multiplying by a comparison vectorises; a gather and a scatter along the vocabulary do not.
-    is_label = (labels - offset)[..., None] == lax.broadcasted_iota(jnp.int32, (1, 1, columns), 2)
-    top = jnp.max(logits, axis=-1)
-    if vocab_axis is not None:
-        top = lax.pmax(top, vocab_axis)
-    exponentials = jnp.exp(logits - top[..., None])
-    normaliser = jnp.sum(exponentials, axis=-1)
-    at_label = jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
-    if vocab_axis is not None:
-        normaliser, at_label = lax.psum((normaliser, at_label), vocab_axis)
-    log_z = top + jnp.log(normaliser)
-    z_sum = jnp.sum(weights * log_z**2)
-    loss = jnp.sum(weights * (log_z - at_label)) + z_loss * z_sum
-    if not with_gradients:
-        return loss, z_sum
-    scale = weights * (1.0 + 2.0 * z_loss * log_z) / normaliser
-    d_logits = exponentials * scale[..., None] - jnp.where(is_label, weights[..., None], 0.0)
+def _statistics(hidden, head, labels, *, softcap, keep):
+    logits = jnp.einsum("rd,dv->rv", hidden, head, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    columns = lax.broadcasted_iota(jnp.int32, (1, head.shape[1]), 1)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - top)
+    # Comparisons vectorise; a gather and a scatter along the vocabulary do not.
+    found = Statistics(
+        top[:, 0],
+        jnp.min(jnp.where(logits == top, columns, head.shape[1]), axis=-1),
+        jnp.sum(exponentials, axis=-1),
+        jnp.sum(jnp.where(labels[:, None] == columns, logits, 0.0), axis=-1),
+        jnp.sum(logits, axis=-1))
+    return found, (logits, exponentials, hidden.dtype) if keep else None
+
+
+def _cotangents(kept, labels, own, coefficients, *, softcap):
+    logits, exponentials, dtype = kept
+    columns = lax.broadcasted_iota(jnp.int32, (1, logits.shape[1]), 1)
+    exponential, hit, spread = (c[:, None] for c in coefficients)
+    d_logits = exponentials * exponential - jnp.where(labels[:, None] == columns, hit, 0.0) - spread
     if softcap is not None:
         d_logits = d_logits * (1.0 - (logits / softcap) ** 2)
-    d_logits = d_logits.astype(hidden.dtype)
-    d_hidden = jnp.einsum("bcv,dv->bcd", d_logits, head, preferred_element_type=jnp.float32)
-    d_head = jnp.einsum("bcd,bcv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
-    return loss, z_sum, d_hidden.astype(hidden.dtype), d_head
+    return d_logits.astype(dtype)
 
 
-def _sliced(hidden, labels, weights, vocab):
-    """The operands as [slices, B, C, ...], padded with positions of weight 0."""
-    b, t = labels.shape
-    c = slice_length(b, t, vocab)
-    padding = -t % c
-
-    def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)) if padding else x
-        return jnp.swapaxes(x.reshape(b, -1, c, *x.shape[2:]), 0, 1)
-
-    return cut(hidden), cut(labels), cut(weights)
+_cross_entropy = differentiable(_statistics, _cotangents)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _loss(hidden, head, labels, weights, z_loss, softcap, vocab_axis):
-    def add(sums, piece):
-        h, y, w = piece
-        terms = _slice_terms(h, head, y, w, z_loss, softcap, vocab_axis, False)
-        return jax.tree.map(jnp.add, sums, terms), None
-
-    zero = jnp.zeros((), jnp.float32)
-    sums, _ = lax.scan(add, (zero, zero), _sliced(hidden, labels, weights, head.shape[1]))
-    return sums
+def supports(target, *operands, **options):
+    """Everything."""
+    return None
 
 
-def _loss_forward(hidden, head, labels, weights, z_loss, softcap, vocab_axis):
-    def add(carry, piece):
-        loss, z_sum, d_head = carry
-        h, y, w = piece
-        terms = _slice_terms(h, head, y, w, z_loss, softcap, vocab_axis, True)
-        return (loss + terms[0], z_sum + terms[1], d_head + terms[3]), terms[2]
-
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jnp.zeros(head.shape, jnp.float32))
-    (loss, z_sum, d_head), d_hidden = lax.scan(
-        add, start, _sliced(hidden, labels, weights, head.shape[1])
-    )
-    d_hidden = jnp.swapaxes(d_hidden, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])
-    d_hidden = d_hidden[:, : hidden.shape[1]]
-    return (loss, z_sum), (d_hidden, d_head.astype(head.dtype), labels, weights)
+def candidates(hidden, head, labels, weights, **options):
+    """Slices of other lengths."""
+    positions = labels.size
+    return [{"rows": rows_per_slice(positions, n, 128)} for n in (256, 512, 1024, 2048)]
 
 
-def _loss_backward(z_loss, softcap, vocab_axis, residuals, cotangents):
-    d_hidden, d_head, labels, weights = residuals
-    cotangent = cotangents[0]
-    if vocab_axis is not None:
-        # The loss is replicated over the vocabulary's shards, so shard_map hands each of them
-        # its part of the cotangent.
-        cotangent = lax.psum(cotangent, vocab_axis)
-    return (
-        (d_hidden * cotangent).astype(d_hidden.dtype),
-        (d_head * cotangent).astype(d_head.dtype),
-        np.zeros(labels.shape, jax.dtypes.float0),
-        jnp.zeros_like(weights),
-    )
-
-
-_loss.defvjp(_loss_forward, _loss_backward)
-
-
-def cross_entropy(hidden, head, labels, weights, *, z_loss, softcap, vocab_axis):
-    """See `pallas_kernels.cross_entropy.cross_entropy`: three scalars."""
-    weights = weights.astype(jnp.float32)
-    loss, z_sum = _loss(hidden, head, labels, weights, z_loss, softcap, vocab_axis)
-    return loss, jnp.sum(weights), lax.stop_gradient(z_sum)
+def cross_entropy(hidden, head, labels, weights, *, rows=None, **options):
+    """See `pallas_kernels.cross_entropy.cross_entropy`."""
+    if rows is None:
+        rows = slice_rows(labels.size, head.shape[1], Target.ambient().platform)
+    return _cross_entropy(hidden, head, labels, weights, rows=rows, **options)

@@ -34,7 +34,13 @@ class Task(Protocol):
         """(sum, weight, statistics as weighted sums). Traced; microbatches add all three."""
 
     def evaluate(self, measure: Measure, final: bool) -> dict[str, float]:
-        """Held-out metrics by name. The last evaluation of a run is the `final` one."""
+        """Held-out metrics by name, none where nothing is held out.
+
+        The last evaluation of a run is the `final` one.
+        """
+
+    def keep(self, folder: Path) -> None:
+        """Writes what using the trained model takes besides its checkpoints."""
 
     def draw(self, folder: Path, records: list[Mapping[str, Any]]) -> None:
         """Writes pictures of the run, whose metrics.jsonl reads as `records`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from recipes import corpus as corpora
@@ -14,26 +15,42 @@ from recipes import packing
 from recipes.tasks import Batch, Measure
 from recipes.tokenizer import load as load_tokenizer
 
+TOKENIZER = "tokenizer"  # The directory in a workdir that holds the tokenizer's files.
 # The arrays of a batch, all [batch, time]; see `recipes.packing`.
 BATCH = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "labels": np.int32,
          "weights": np.float32}
 
 
 def make_loss(z_loss: float) -> Callable:
-    """A `Task.loss`: next-token cross-entropy, in training with a z-loss of that coefficient."""
+    """A `Task.loss`: next-token cross-entropy, in training with a z-loss of that coefficient and
+    the model's auxiliary losses.
+
+    An auxiliary loss is a mean of its own. Times the labels' weight it can be added to their sum:
+    what the total is divided by in the end, and microbatches, then leave it the mean it is.
+    """
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss {z_loss}: it must be 0 (none) or more, and finite")
+
     def loss(model, batch, key, train):
         inputs = {name: batch[name] for name in ("tokens", "segment_ids", "positions")}
-        coefficient = z_loss if train else 0.0
-        total, weight, stats = model.loss(model(inputs, key, train), batch["labels"],
-                                          batch["weights"], z_loss=coefficient)
-        return total, weight, {"nats_per_token": total - coefficient * stats["log_z_squared"]}
+        output = model(inputs, key, train)
+        total, weight, stats = model.loss(output, batch["labels"], batch["weights"],
+                                          z_loss=z_loss if train else 0.0)
+        found = {"nats_per_token": stats["nll"]}
+        if train:
+            for name, (extra, count) in output.losses.items():
+                found[name] = extra / jnp.maximum(count, 1e-30) * weight
+                total += found[name]
+        return total, weight, found
 
     return loss
 
 
 def check_length(config: Any, seq_len: int) -> None:
-    """Raises ValueError for sequences longer than the model is made for."""
-    if not 1 <= seq_len <= config.max_length:
+    """Raises ValueError for sequences that the model is not made for."""
+    if seq_len < 1:
+        raise ValueError(f"seq_len {seq_len}: it must be at least 1")
+    if seq_len > config.max_length:
         raise ValueError(
             f"seq_len {seq_len}: it must be in 1..{config.max_length}, the model's max_length; "
             f"lower it, or give --set=max_length={seq_len}")
@@ -54,8 +71,8 @@ class LanguageModel:
           seq_len: tokens of a row.
           batch_size: rows of a step, of all processes together.
           seed: of the order of the examples.
-          heldout: the part of the documents that is kept for evaluation. Which these are does not
-            depend on the seed.
+          heldout: the part of the documents that is kept for evaluation, 0 for none. Which these
+            are does not depend on the seed.
           z_loss: coefficient of log(Z)^2 in the training loss.
           eval_batches: the evaluations during training take held-out documents, always the same,
             of about so many batches.
@@ -84,16 +101,19 @@ class LanguageModel:
         self.loss = make_loss(z_loss)
         self.tokens_per_step = batch_size * seq_len
         self.flops_per_step = 3 * config.flops_per_token(seq_len) * self.tokens_per_step
-        path = "bytes" if tokenizer == "bytes" else str(Path(tokenizer).expanduser().absolute())
         self._description = {
             "data": {**self._corpus.manifest, "heldout": heldout, "seq_len": seq_len},
-            "tokenizer": {"name": path, "fingerprint": self._tokenizer.fingerprint},
+            "tokenizer": {"name": tokenizer, "fingerprint": self._tokenizer.fingerprint},
             "task": {"name": "lm", "z_loss": z_loss},
         }
 
     def describe(self) -> dict[str, Any]:
         """See `Task`."""
         return self._description
+
+    def keep(self, folder: Path) -> None:
+        """Writes the tokenizer, so that the directory can be moved and its model still decodes."""
+        self._tokenizer.save(folder / TOKENIZER)
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:
         """See `Task`."""
@@ -105,6 +125,8 @@ class LanguageModel:
 
     def evaluate(self, measure: Measure, final: bool) -> dict[str, float]:
         """Nats per token and per byte of held-out documents, and gzip's after training."""
+        if not len(self._heldout):
+            return {}
         documents = self._select(self._final_eval_batches if final else self._eval_batches)
         nats = tokens = size = 0.0
         for batch in packing.eval_batches(self._corpus, documents, self._seq_len,
@@ -121,6 +143,8 @@ class LanguageModel:
 
     def summarize(self, metrics: Mapping[str, float]) -> str:
         """See `Task`."""
+        if not metrics:
+            return "trained on all documents, with none held out"
         return (f"held-out loss {metrics['nats_per_byte']:.4f} nats per byte "
                 f"({metrics['bits_per_byte']:.3f} bits); gzip needs "
                 f"{metrics['gzip_nats_per_byte']:.4f}")
@@ -157,10 +181,12 @@ class LanguageModel:
         if held:
             axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", markersize=4,
                       label=f"held out ({held[-1][1]:.3f})")
-        axes.axhline(self._gzip, color="gray", linestyle="--", label=f"gzip -9 ({self._gzip:.3f})")
-        # The first steps would squeeze all the rest into a corner.
-        lowest = min([self._gzip, *(y for _, y in held)])
-        axes.set_ylim(0.9 * lowest, 2.6 * lowest)
+        if len(self._heldout):
+            axes.axhline(self._gzip, color="gray", linestyle="--",
+                         label=f"gzip -9 ({self._gzip:.3f})")
+            # The first steps would squeeze all the rest into a corner.
+            lowest = min([self._gzip, *(y for _, y in held)])
+            axes.set_ylim(0.9 * lowest, 2.6 * lowest)
         axes.set(xlabel="step", ylabel="nats per byte", title=self._corpus.manifest["spec"])
         axes.grid(alpha=0.3)
         axes.legend()

@@ -20,8 +20,10 @@ def test_sums_do_not_depend_on_the_mesh(batch):
     log_z = np.log(np.exp(logits).sum(-1))
     at_label = np.take_along_axis(logits, labels[..., None], -1)[..., 0]
     z_sum = (weights * log_z**2).sum()
-    expected = (
-        (weights * (log_z - at_label)).sum() + 0.1 * z_sum, weights.sum(), {"log_z_squared": z_sum})
+    nll = (weights * (log_z - at_label)).sum()
+    correct = (weights * (logits.argmax(-1) == labels)).sum()
+    expected = (nll + 0.1 * z_sum, weights.sum(),
+                {"nll": nll, "z_squared": z_sum, "correct": correct})
     arrays = hidden.astype(np.float32), head.astype(np.float32), labels, weights
     assert_close(cross_entropy(*arrays, z_loss=0.1), expected)
     with sharding.use(sharding.mesh(MESH), sharding.rules("fsdp_tp")):

@@ -33,7 +33,7 @@ def test_formula(kind, bias):
 
 
 def test_starts_as_the_identity_on_unit_rows():
-    x = np.random.default_rng(1).normal(size=(4, 64))
+    x = np.random.default_rng(1).normal(size=(4, 1, 64))
     x /= np.sqrt((x**2).mean(-1, keepdims=True))
     layer = Normalize(Norm(bias=True), 64, key=jax.random.key(0))
     assert_close(layer(jnp.asarray(x, jnp.float32)), x)
@@ -42,15 +42,15 @@ def test_starts_as_the_identity_on_unit_rows():
 def test_bfloat16_is_computed_in_float32():
     """A sum of 4096 squares in bfloat16 would stop growing at 256 of them."""
     layer = Normalize(Norm(), 4096, key=jax.random.key(0), dtype=jnp.bfloat16)
-    x = jnp.full((1, 4096), 3.0, jnp.bfloat16)
+    x = jnp.full((1, 1, 4096), 3.0, jnp.bfloat16)
     y = layer(x)
     assert y.dtype == jnp.bfloat16
-    assert_close(y, jnp.ones((1, 4096)), tol=1e-2)
+    assert_close(y, jnp.ones((1, 1, 4096)), tol=1e-2)
 
 
 def test_zeros_stay_finite():
     layer = Normalize(Norm("layer"), 8, key=jax.random.key(0))
-    x = jnp.zeros((2, 8))
+    x = jnp.zeros((2, 1, 8))
     assert not layer(x).any()
     assert np.isfinite(jax.grad(lambda x: layer(x).sum())(x)).all()
 

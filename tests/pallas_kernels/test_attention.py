@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sharding
-from pallas_kernels.attention import attention, reference, xla
+from pallas_kernels.attention import attention, merge, reference, xla
 from sharding import Rules
 from tests.tiny import MESH
 from tests.tolerances import assert_close
@@ -76,52 +76,57 @@ def test_equals_its_definition(name):
     assert_close(results(op, arrays, ids), expected(arrays, ids, **options))
 
 
+@pytest.mark.parametrize("tiles", [(8, 8), (4, 16), (16, 4), (8, 45)], ids=str)
 @pytest.mark.parametrize(
     "options",
     [{}, {"window": 5}, {"window": 21, "softcap": 2.0}, {"causal": False}],
     ids=str,
 )
-def test_many_blocks(monkeypatch, options):
-    """Odd lengths over blocks of 8 rows, windows within a block and over several."""
-    monkeypatch.setattr(xla, "BLOCK_ROWS", 8)
-    arrays, ids = operands(2, 45, 4, 2, 4, 3, segments=True)
-    op = functools.partial(attention, scale=0.5, **options)
+@pytest.mark.parametrize("segments", [False, True], ids=["", "segments"])
+def test_many_tiles(options, tiles, segments):
+    """Odd lengths over small tiles, windows within a tile and over several."""
+    arrays, ids = operands(2, 45, 4, 2, 4, 3, segments=segments)
+
+    def op(q, k, v, one, other):
+        bound, settings = attention.bind(q, k, v, one, other, scale=0.5, **options)
+        return xla.attention(*bound, **settings, block_q=tiles[0], block_k=tiles[1])
+
     assert_close(results(op, arrays, ids), expected(arrays, ids, scale=0.5, **options))
 
 
-def test_number_of_blocks_is_bounded(monkeypatch):
-    monkeypatch.setattr(xla, "BLOCK_ROWS", 2)
-    monkeypatch.setattr(xla, "MAX_BLOCKS", 4)
-    arrays, ids = operands(1, 19, 2, 1, 4, 4)
-    op = functools.partial(attention, scale=0.5)
-    assert_close(results(op, arrays, ids), expected(arrays, ids, scale=0.5))
+def test_memory_is_linear_in_the_length():
+    """Temporaries of value and gradients: twice the length, about twice the bytes."""
+    def temporaries(t):
+        x = jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32)
+        gradient = jax.grad(lambda *x: jnp.sum(attention(*x, scale=0.5)), (0, 1, 2))
+        return jax.jit(gradient).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    one, two, four = (temporaries(n * 2048) for n in (1, 2, 4))
+    assert four - two < 2.2 * (two - one)
 
 
-@pytest.mark.parametrize("window", [None, 700])
-def test_longer_than_a_block(window):
-    t = 2 * xla.BLOCK_ROWS + 77
-    arrays, ids = operands(1, t, 2, 1, 4, 4, segments=True)
-    op = functools.partial(attention, scale=0.5, window=window)
-    assert_close(results(op, arrays, ids), expected(arrays, ids, scale=0.5, window=window))
+def parts(q, k, v, ids, cut):
+    """The parts over keys before and after `cut`, of queries that all come later."""
+    ones = jnp.ones(q.shape[:2], jnp.int32)
+    return [attention(q, k[:, x], v[:, x], ones, ids[:, x], scale=0.5, causal=False, softcap=3.0,
+                      partial=True) for x in (slice(0, cut), slice(cut, None))]
 
 
-def test_scores_exist_in_blocks_only():
-    """No array of T x T elements, forward or backward; the definition holds several."""
-    t = 4 * xla.BLOCK_ROWS
-    q, k, v = (jax.ShapeDtypeStruct((1, t, 1, 4), jnp.float32) for _ in range(3))
+def test_merged_parts_equal_the_whole():
+    """Value and gradients; one request sees nothing in the first part, one nothing at all."""
+    arrays, _ = operands(3, 5, 4, 2, 4, 3, s=11)
+    ids = np.ones((3, 11), np.int32)
+    ids[1, :7], ids[2] = 0, 0
 
-    def compiled(function):
-        gradient = jax.grad(lambda *x: jnp.sum(function(*x, None, None, scale=0.5)), (0, 1, 2))
-        return jax.jit(gradient).lower(q, k, v).compile()
+    def merged(q, k, v, *_):
+        _, l, o = merge(*parts(q, k, v, jnp.asarray(ids), 7))
+        return o / jnp.where(l > 0, l, 1)[..., None]
 
-    plain = compiled(functools.partial(reference.attention, causal=True, window=None, softcap=None))
-    blocks = compiled(attention)
-    assert f"{t},{t}]" in plain.as_text()
-    assert f"{t},{t}]" not in blocks.as_text()
-    # Not a quarter: XLA's CPU back end may run the blocks, which do not depend on each other, at
-    # the same time.
-    sizes = [c.memory_analysis().temp_size_in_bytes for c in (blocks, plain)]
-    assert sizes[0] < 0.6 * sizes[1]
+    def whole(q, k, v, *_):
+        ones = jnp.ones(q.shape[:2], jnp.int32)
+        return attention(q, k, v, ones, jnp.asarray(ids), scale=0.5, causal=False, softcap=3.0)
+
+    assert_close(results(merged, arrays, None), results(whole, arrays, None))
 
 
 def test_documents_do_not_see_each_other():
@@ -136,7 +141,7 @@ def test_documents_do_not_see_each_other():
     assert_close(packed[:, :9], other[:, :9], tol=0)
 
 
-def test_row_without_keys_is_finite():
+def test_row_without_keys_is_zero():
     arrays, _ = operands(1, 4, 2, 1, 4, 4)
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays[:3])
     ours, theirs = jnp.array([[1, 1, 5, 1]]), jnp.array([[1, 1, 1, 1]])
@@ -144,7 +149,7 @@ def test_row_without_keys_is_finite():
     def run(q, k, v):
         return attention(q, k, v, ours, theirs, scale=0.5)
 
-    assert np.isfinite(run(q, k, v)).all()
+    assert not run(q, k, v)[0, 2].any()
     gradients = jax.grad(lambda *x: jnp.sum(run(*x) ** 2), (0, 1, 2))(q, k, v)
     assert all(np.isfinite(g).all() for g in gradients)
     assert not gradients[0][0, 2].any()  # nothing seen, nothing learned
@@ -216,7 +221,8 @@ def test_heads_sharded_apart_from_their_keys_are_refused(rules):
         ([(2, 4, 4, 8), (1, 4, 2, 8), (1, 4, 2, 8)], {}, "B=2"),
         ([(2, 4, 4, 8), (2, 4, 2, 8), (2, 5, 2, 8)], {}, r"value \(2, 5, 2, 8\)"),
         ([(2, 4, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)], {}, "as many keys as queries, not 5 and 4"),
-        ([(2, 4, 4, 8)] * 3, {"causal": False, "window": 2}, "window needs causal"),
+        ([(2, 4, 4, 8)] * 3, {"causal": False, "window": 2},
+         "window=2 must be >= 1 and needs causal"),
         ([(2, 4, 4, 8)] * 3 + [(2, 4)], {}, "both queries and keys, or for neither"),
     ],
 )

@@ -1,19 +1,23 @@
 """Cross-entropy of a linear head against its float64 definition, on one device and eight."""
 
+import contextlib
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
+import pallas_kernels
 import sharding
-from pallas_kernels.cross_entropy import cross_entropy, reference, xla
+from pallas_kernels.cross_entropy import cross_entropy, reference, tpu, xla
+from pallas_kernels.dispatch import RESIDUAL
 from sharding import Rules
 from tests.tiny import MESH
 from tests.tolerances import assert_close
-
-KEYS = ("loss", "weight", "z_sum")
 
 
 def operands(b=2, t=7, d=6, v=11, seed=0):
@@ -27,19 +31,19 @@ def operands(b=2, t=7, d=6, v=11, seed=0):
 
 
 def results(function, arrays, dtype=jnp.float32, factor=1.0):
-    """The three sums, and the gradients of `factor` times the first one."""
+    """The sums by name, and the gradients of `factor` times the loss."""
     hidden, head, labels, weights = arrays
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
 
     def loss(hidden, head, labels, weights):
-        sums = tuple(jnp.sum(x) for x in function(hidden, head, labels, weights))
-        return factor * sums[0], sums
+        total, weight, metrics = jax.tree.map(
+            jnp.sum, function(hidden, head, labels, weights))
+        return factor * total, {"loss": total, "weight": weight, **metrics}
 
     run = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
     (d_hidden, d_head), sums = run(
         jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), labels, jnp.asarray(weights, wide))
-    named = dict(zip(KEYS, sums, strict=True))
-    return jax.device_get({**named, "hidden": d_hidden, "head": d_head})
+    return jax.device_get({**sums, "hidden": d_hidden, "head": d_head})
 
 
 def expected(arrays, factor=1.0, **options):
@@ -51,8 +55,9 @@ def expected(arrays, factor=1.0, **options):
 OPTIONS = {
     "plain": {},
     "z-loss": {"z_loss": 0.1},
+    "smoothing": {"label_smoothing": 0.3},
     "softcap": {"softcap": 1.5},
-    "both": {"z_loss": 0.05, "softcap": 2.0},
+    "all": {"z_loss": 0.05, "label_smoothing": 0.1, "softcap": 2.0},
 }
 
 
@@ -63,28 +68,28 @@ def test_equals_its_definition(options):
     assert_close(results(op, arrays, factor=-2.5), expected(arrays, factor=-2.5, **options))
 
 
-@pytest.mark.parametrize(("b", "t"), [(1, 1), (1, 2), (4, 3), (2, 31), (3, 64)])
-def test_any_length(monkeypatch, b, t):
-    """One position, primes that no slice divides, slices of one position of a wide batch."""
-    monkeypatch.setattr(xla, "MIN_TOKENS", 4)
-    monkeypatch.setattr(xla, "SLICE_LOGITS", 1)
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize(("b", "t"), [(1, 1), (1, 2), (4, 3), (2, 31)])
+def test_any_length(b, t, rows):
+    """One position, primes that no slice divides, slices of one position and of more than all."""
     arrays = operands(b=b, t=t)
-    op = functools.partial(cross_entropy, z_loss=0.1)
+    op = functools.partial(xla.cross_entropy, rows=rows, z_loss=0.1, label_smoothing=0.0,
+                           softcap=None, vocab_axis=None)
     assert_close(results(op, arrays), expected(arrays, z_loss=0.1))
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8, 700])
-@pytest.mark.parametrize("time", [1, 2, 5, 97, 1024, 4099])
+@pytest.mark.parametrize("positions", [1, 2, 5, 97, 1024, 4099, 16_384, 2_867_200])
 @pytest.mark.parametrize("vocab", [7, 264, 32_000, 152_064])
-def test_slices_cover_the_sequence(batch, time, vocab):
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+def test_slices_cover_the_positions(positions, vocab, platform):
     """Equal slices, at least two of them, within the bound on logits, and little padding."""
-    length = xla.slice_length(batch, time, vocab)
-    slices = -(-time // length)
-    assert 1 <= length <= time
-    assert slices >= min(2, time)
-    assert slices * length - time < slices  # less than one position of padding a slice
-    tokens = max(xla.MIN_TOKENS, xla.SLICE_LOGITS // vocab)
-    assert length == 1 or batch * length <= tokens
+    rows = xla.slice_rows(positions, vocab, platform)
+    logits, fewest, multiple = xla.SLICES[platform]
+    slices = -(-positions // rows)
+    assert rows % multiple == 0
+    assert slices >= 2 or positions <= max(1, multiple)
+    assert slices * rows - positions < slices * multiple
+    assert rows < max(fewest, logits // vocab) + multiple
 
 
 def test_weight_zero_hides_a_position():
@@ -104,20 +109,86 @@ def test_no_weight_at_all():
     assert all(not x.any() for x in nothing.values())
 
 
-def test_extreme_logits():
+@contextlib.contextmanager
+def using(implementation):
+    """In the interpreter where it is a TPU's."""
+    with contextlib.ExitStack() as stack:
+        if implementation == "tpu":
+            stack.enter_context(pallas_kernels.interpret("v5p"))
+        stack.enter_context(pallas_kernels.using(cross_entropy=implementation))
+        yield
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_extreme_logits(implementation):
     """Logits of about +-1e4: the loss is a difference of large numbers, yet finite and right."""
-    hidden, head, labels, weights = operands()
+    hidden, head, labels, weights = operands(v=300)
     arrays = (100 * hidden, 100 * head, labels, weights)
-    assert_close(results(cross_entropy, arrays), expected(arrays))
+    with using(implementation):
+        assert_close(results(cross_entropy, arrays), expected(arrays))
 
 
 def test_only_the_loss_has_a_gradient():
     hidden, head, labels, weights = (jnp.asarray(x) for x in operands())
-    for index in (1, 2):
-        gradients = jax.grad(
-            lambda h, w, index=index: cross_entropy(h, w, labels, weights)[index][0], (0, 1)
-        )(hidden, head)
-        assert all(not g.any() for g in gradients)
+
+    def others(hidden, head):
+        _, weight, metrics = cross_entropy(hidden, head, labels, weights)
+        return sum(x[0] for x in jax.tree.leaves((weight, metrics)))
+
+    gradients = jax.grad(others, (0, 1))(hidden, head)
+    assert all(not g.any() for g in gradients)
+
+
+def test_smoothing_is_that_of_torch():
+    """CrossEntropyLoss: the mean over classes counts the label's own, and sums to 1 with it."""
+    hidden = jnp.eye(3)[None]
+    logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.6, 0.2, 0.2]])
+    labels = np.array([[0, 2, 1]], np.int32)
+    target = 0.7 * np.eye(3)[labels[0]] + 0.3 / 3
+    total, _, metrics = cross_entropy(hidden, jnp.asarray(logits, jnp.float32), labels,
+                                      jnp.ones((1, 3)), label_smoothing=0.3)
+    assert_close(total[0], -(target * logits).sum())
+    assert_close(metrics["nll"][0], -logits[range(3), labels[0]].sum())
+
+
+def test_correct_is_the_first_largest():
+    """With equal logits everywhere, only label 0 counts; a constant head predicts nothing else."""
+    hidden, head, labels, weights = operands(b=2, t=6)
+    _, _, metrics = cross_entropy(jnp.asarray(hidden), jnp.zeros(head.shape), labels,
+                                  jnp.asarray(weights))
+    assert_close(jnp.sum(metrics["correct"]), weights[labels == 0].sum())
+    with sharding.use(sharding.mesh(MESH), Rules(batch=None, vocab="tensor")):
+        _, _, metrics = sharding.local(
+            cross_entropy, jnp.asarray(hidden), jnp.zeros((6, 12)), labels, jnp.asarray(weights))
+    assert_close(jnp.sum(metrics["correct"]), weights[labels == 0].sum())
+
+
+def matmuls(function, *arrays, optimized=False):
+    """Dot products in the program of `function`; its loops hold each just once."""
+    lowered = jax.jit(function).lower(*arrays)
+    text = lowered.compile().as_text() if optimized else lowered.as_text()
+    return len(re.findall(r" dot\(| custom-call\(.*matmul" if optimized else "dot_general", text))
+
+
+@pytest.mark.parametrize(
+    ("policy", "most"),
+    [(None, 4), (jax.checkpoint_policies.save_only_these_names(RESIDUAL), 3)],
+    ids=["nothing saved", "residuals saved"])
+def test_remat_makes_gradients_once(policy, most):
+    """One product for the loss and one for each gradient; saving nothing repeats the first."""
+    hidden, head, labels, weights = (jnp.asarray(x) for x in operands(b=2, t=16, d=8, v=32))
+
+    def loss(hidden, head):
+        return cross_entropy(jnp.tanh(hidden), head, labels, weights)[0][0]
+
+    plain = jax.grad(loss, (0, 1))
+    again = jax.grad(jax.checkpoint(loss, policy=policy), (0, 1))
+    assert matmuls(loss, hidden, head) == 1
+    assert matmuls(plain, hidden, head) == 3
+    assert matmuls(again, hidden, head, optimized=True) <= most
+    if policy is not None:
+        assert matmuls(again, hidden, head) == 3
+    assert_close(again(hidden, head), plain(hidden, head))
 
 
 def test_bfloat16():
@@ -155,6 +226,48 @@ def test_never_holds_all_logits(mesh):
     assert held < 0.6 * all_logits / parts
 
 
+def product_flops(jaxpr) -> int:
+    """FLOPs of the matrix products in a program, its loops and kernels' grids multiplied out."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            lhs = eqn.invars[0].aval.shape
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(
+                lhs[axis] for axis in contracted)
+            continue
+        inside = sum(map(product_flops, jaxprs_in_params(eqn.params)))
+        if eqn.primitive.name == "scan":
+            inside *= eqn.params["length"]
+        elif eqn.primitive.name == "pallas_call":
+            inside *= math.prod(eqn.params["grid_mapping"].grid)
+        else:
+            assert eqn.primitive.name != "while" or not inside
+        total += inside
+    return total
+
+
+@pytest.mark.parametrize("implementation", [xla, tpu], ids=["xla", "tpu"])
+@pytest.mark.parametrize(
+    ("b", "t", "d", "v"),
+    [(4, 4096, 4096, 152_064), (8, 1000, 768, 50_257), (3, 4097, 512, 32_000)])
+def test_flops_are_those_of_the_plain_form(implementation, b, t, d, v):
+    """One product for the value and three with gradients, but for little padding."""
+    rows = xla.slice_rows(b * t, v, "tpu") if implementation is xla else None
+    shapes = [((b, t, d), jnp.bfloat16), ((d, v), jnp.bfloat16), ((b, t), jnp.int32),
+              ((b, t), jnp.float32)]
+    avals = [jax.ShapeDtypeStruct(*s) for s in shapes]
+
+    def loss(*operands):
+        return implementation.cross_entropy(*operands, rows=rows, z_loss=1e-4, softcap=None,
+                                            label_smoothing=0.0, vocab_axis=None)[0][0]
+
+    plain = 2 * b * t * d * v
+    for function, products in ((loss, 1), (jax.grad(loss, (0, 1)), 3)):
+        counted = product_flops(jax.make_jaxpr(function)(*avals).jaxpr)
+        assert products * plain <= counted <= 1.15 * products * plain
+
+
 RULES = {
     "replicated": Rules(batch=None),
     "batch over data": Rules(batch="data"),
@@ -169,12 +282,22 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_eight_devices_equal_one(name, explicit):
     arrays = operands(b=4, t=5, v=12)
-    options = {"z_loss": 0.1, "softcap": 2.0}
+    options = {"z_loss": 0.1, "label_smoothing": 0.2, "softcap": 2.0}
     one = results(functools.partial(cross_entropy, **options), arrays, factor=3.0)
     with sharding.use(sharding.mesh(MESH, explicit=explicit), RULES[name]):
         eight = results(
             functools.partial(sharding.local, cross_entropy, **options), arrays, factor=3.0)
     assert_close(eight, one)
+
+
+def test_kernels_merge_shards_of_the_vocabulary():
+    arrays = operands(b=4, t=5, v=600)
+    options = {"z_loss": 0.1, "label_smoothing": 0.2, "softcap": 2.0}
+    mesh = sharding.mesh("data:2,tensor:2", jax.devices()[:4])
+    with sharding.use(mesh, Rules(vocab="tensor")), using("tpu"):
+        four = results(
+            functools.partial(sharding.local, cross_entropy, **options), arrays, factor=3.0)
+    assert_close(four, expected(arrays, factor=3.0, **options))
 
 
 @pytest.mark.parametrize("shape", [{"v": 13}, {"b": 3}, {"b": 1, "v": 7}], ids=str)
@@ -200,3 +323,14 @@ def test_refuses_shapes_that_do_not_fit(shapes, message):
     hidden, head, labels, weights = (jnp.zeros(s) for s in shapes)
     with pytest.raises(ValueError, match=message):
         cross_entropy(hidden, head, labels.astype(jnp.int32), weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"label_smoothing": 1.0}, r"label_smoothing=1.0 must be in \[0, 1\)"),
+     ({"label_smoothing": -0.1}, r"label_smoothing=-0.1"),
+     ({"softcap": 0.0}, r"softcap=0.0 must be > 0; None turns it off")], ids=str)
+def test_refuses_options_out_of_range(options, message):
+    arrays = (jnp.asarray(x) for x in operands())
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(*arrays, **options)

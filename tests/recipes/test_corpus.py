@@ -345,13 +345,75 @@ def test_split_refuses_an_empty_side(here, tok):
         advice = float(str(error.value).split()[-1])  # Taking the advice must work.
         train, heldout = corpus_lib.split(corpus, advice)
         assert len(train) and len(heldout)
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        corpus_lib.split(corpus, 0.0)
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="it must be 0, or lie between 0 and 1"):
+            corpus_lib.split(corpus, fraction)
+    train, heldout = corpus_lib.split(corpus, 0)
+    assert train.tolist() == [0, 1, 2] and heldout.tolist() == []
     with pytest.raises(ValueError, match="seed -1"):
         corpus_lib.split(corpus, 0.5, seed=-1)
     _write_documents(here / "x.jsonl", ["a", "a"])
     with pytest.raises(ValueError, match="1 distinct document"):
         corpus_lib.split(corpus_lib.load("x.jsonl", tok), 0.5)
+
+
+def _book(paragraphs, seed=0):
+    """Paragraphs of a few hundred bytes, not all of them ASCII."""
+    rng = np.random.default_rng(seed)
+    sentence = "né en été, "
+    return "\n\n".join(f"{i} " + sentence * rng.integers(5, 40) for i in range(paragraphs))
+
+
+def test_a_single_text_is_cut_where_paragraphs_end(here, tok):
+    (here / "book.txt").write_text(_book(300), encoding="utf-8")
+    corpus = corpus_lib.load("book.txt", tok)
+    texts = _texts(corpus)
+    assert b"".join(texts) == (here / "book.txt").read_bytes()
+    assert 30 < len(texts) < 90 and all(text.endswith(b"\n\n") for text in texts[:-1])
+    assert corpus.is_cut and corpus.names[:2] == ["book.txt@0", f"book.txt@{len(texts[0])}"]
+    assert corpus_lib.load("*.txt", tok).starts.tolist() == corpus.starts.tolist()
+    # The end is held out, about as much of it as was asked for.
+    for fraction in (0.05, 0.5, 0.9):
+        train, heldout = corpus_lib.split(corpus, fraction)
+        assert [*train, *heldout] == list(range(len(texts)))
+        share = corpus.document_bytes[heldout].sum() / corpus.num_bytes
+        assert fraction <= share < fraction + 0.05
+    for fraction, sides in ((1e-20, (len(texts) - 1, 1)), (1 - 1e-9, (1, len(texts) - 1))):
+        assert tuple(map(len, corpus_lib.split(corpus, fraction))) == sides
+    # One of several texts is a document as it always was.
+    (here / "note.md").write_text("a note")
+    several = corpus_lib.load("book.txt,note.md", tok)
+    assert several.names == ["book.txt", "note.md"] and not several.is_cut
+
+
+@pytest.mark.parametrize("text", ["line of text\n" * 999, "word " * 999, "é" * 2222, "x" * 1700])
+def test_a_text_without_paragraphs_is_cut_at_lines_words_or_characters(here, tok, text):
+    (here / "x.txt").write_text(text, encoding="utf-8")
+    texts = _texts(corpus_lib.load("x.txt", tok))
+    assert b"".join(texts).decode() == text and len(texts) > 1
+    assert all(512 <= len(piece) <= 1536 for piece in texts)
+    assert [piece.decode()[-1] for piece in texts] == [text[-1]] * len(texts)
+
+
+def test_a_large_text_has_larger_pieces_up_to_a_limit(here, tok):
+    (here / "x.txt").write_text("line of text\n" * 300_000)
+    sizes = corpus_lib.load("x.txt", tok).document_bytes
+    assert sizes.max() <= 1.5 * (1 << 16) and sizes.min() >= 1 << 15
+
+
+def test_a_short_text_is_one_document(here, tok):
+    (here / "x.txt").write_text("words\n" * 200)
+    corpus = corpus_lib.load("x.txt", tok)
+    assert corpus.names == ["x.txt"] and not corpus.is_cut
+    with pytest.raises(ValueError, match="1 distinct document.*a longer text.*or --heldout=0"):
+        corpus_lib.split(corpus)
+
+
+def test_a_cut_text_comes_back_from_the_cache(here, words):
+    (here / "x.txt").write_text("two words\n" * 999)
+    first = corpus_lib.load("x.txt", words, cache_dir="cache")
+    again = corpus_lib.load("x.txt", words, cache_dir="cache")
+    assert first.is_cut and again.is_cut and again.names == first.names
 
 
 def test_split_of_the_stdlib(stdlib):

@@ -1,5 +1,6 @@
 """The language-model task: its loss, its held-out measure, its description and its picture."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -9,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sharding
 import zoo
-from recipes import packing
+from recipes import packing, training
+from recipes.optimizer import Optimizer
 from recipes.tasks.lm import LanguageModel, make_loss
 from tests import tiny
 from tests.recipes import small_run
-from tests.tolerances import assert_close
+from tests.tolerances import EQUAL, assert_close
 
 CONFIG = tiny.config("llama-60m", vocab_size=264, num_layers=1)
 
@@ -42,6 +45,56 @@ def test_loss_is_cross_entropy_with_z_loss_in_training(train):
     extra = 0.1 * jnp.sum(batch["weights"] * log_z**2) if train else 0.0
     assert_close(total, nats + extra)
     assert weight == batch["weights"].sum()
+
+
+class WithAuxiliary:
+    """A model with two auxiliary losses: a mean over the tokens that count, and one over 5."""
+
+    def __init__(self, model):
+        self.model, self.loss = model, model.loss
+
+    def __call__(self, batch, key=None, train=False):
+        weights = (batch["segment_ids"] > 0).astype(jnp.float32)
+        size = jnp.sum(weights * batch["tokens"])
+        losses = {"balance": (size, jnp.sum(weights)), "router_z": (jnp.float32(10), 5.0)}
+        return dataclasses.replace(self.model(batch, key, train), losses=losses)
+
+
+def test_auxiliary_losses_are_added_as_means_in_training():
+    model = zoo.build(CONFIG)
+    batch = jax.tree.map(jnp.asarray, tiny.batch(40))
+    plain, weight, _ = make_loss(0.0)(model, batch, jax.random.key(0), True)
+    total, same, stats = make_loss(0.0)(WithAuxiliary(model), batch, jax.random.key(0), True)
+    balance = batch["tokens"][batch["segment_ids"] > 0].mean()
+    assert same == weight
+    assert_close(total / weight, plain / weight + balance + 2.0)
+    assert_close(stats["balance"] / weight, balance)
+    assert_close(stats["router_z"] / weight, 2.0)
+    assert_close(stats["nats_per_token"], plain)
+    nats, _, stats = make_loss(0.0)(WithAuxiliary(model), batch, None, False)
+    assert_close(nats, stats["nats_per_token"])
+    assert set(stats) == {"nats_per_token"}
+
+
+def test_auxiliary_losses_are_means_over_microbatches_of_any_weight():
+    """Here the labels count as the auxiliary loss does, so that parts and whole must agree."""
+    definition, params = zoo.protocol.split(zoo.build(CONFIG, stacked=False))
+    batch = tiny.batch(40)
+    batch["weights"] = (batch["segment_ids"] > 0).astype(np.float32)
+    batch["segment_ids"][4:, 2:] = batch["weights"][4:, 2:] = 0
+
+    def loss(model, *rest):
+        return make_loss(0.0)(WithAuxiliary(model), *rest)
+
+    found = []
+    for accumulate in (1, 4):
+        program = training.Program(
+            config=CONFIG, mesh=sharding.mesh("data:1"), rules=sharding.rules("dp"), loss=loss,
+            optimizer=Optimizer(), accumulate=accumulate)
+        step = jax.jit(training.make_gradients(program, definition))
+        found.append(step(params, batch, jax.random.key(0)))
+    assert found[0][2].keys() == {"nats_per_token", "balance", "router_z"}
+    assert_close(found[1], found[0], EQUAL)
 
 
 def test_evaluation_divides_nats_by_tokens_and_by_bytes(corpus):
@@ -95,6 +148,26 @@ def test_a_shorter_evaluation_takes_the_same_whole_documents_every_time(corpus):
     assert documents(make(corpus, eval_batches=6, seed=2), False) == few
 
 
+def test_nothing_held_out_is_nothing_evaluated(corpus, tmp_path):
+    task = make(corpus, heldout=0.0)
+    assert task.evaluate(lambda batch: pytest.fail("there is nothing to measure"), True) == {}
+    assert "none held out" in task.summarize({})
+    task.draw(tmp_path, [{"step": 1, "train": {"nats_per_token": 3.0}}])
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_a_single_text_trains_and_is_evaluated_at_its_end(tmp_path):
+    text = "".join(f"line {i} of a book\n" for i in range(2000))
+    (tmp_path / "book.txt").write_text(text)
+    task = make(tmp_path / "book.txt", heldout=0.05, eval_batches=10**6)
+    batches = []
+    task.evaluate(lambda b: batches.append(b) or (0.0, 1.0, {}), False)
+    seen = {int(line.split()[1]) for b in batches
+            for line in bytes(t for t in b["tokens"].flat if t < 256).decode().splitlines()
+            if line.count(" ") == 4 and line.startswith("line ")}
+    assert min(seen) > 1850 and len(seen) > 80
+
+
 def test_batches_and_ids_go_by_step(corpus):
     task = make(corpus)
     whole = task.batch(3, np.arange(4))
@@ -130,10 +203,12 @@ def test_the_picture_takes_any_records(corpus, tmp_path):
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"seq_len": 65}, "seq_len 65: it must be in 1..64"),
-    ({"seq_len": 0}, "seq_len 0"),
+    ({"seq_len": 0}, "seq_len 0: it must be at least 1$"),
     ({"eval_batches": 0}, "eval_batches 0"),
     ({"tokenizer": "nothing"}, "tokenizer 'nothing'"),
-    ({"heldout": 0.0}, "heldout fraction 0.0"),
+    ({"heldout": 1.0}, "heldout fraction 1.0"),
+    ({"z_loss": math.nan}, "z_loss nan: it must be 0"),
+    ({"z_loss": -1.0}, "z_loss -1.0: it must be 0"),
 ])
 def test_options_are_checked(corpus, options, words):
     with pytest.raises(ValueError, match=words):

@@ -122,6 +122,18 @@ def test_sigterm_to_one_saves_the_same_step_on_both(tmp_path, corpus, alone):
                  RESHARDED)
 
 
+def test_sigterm_to_one_ends_the_final_evaluation_of_both(tmp_path):
+    corpus = small_run.write_corpus(tmp_path, documents=4000)
+    job = Job(tmp_path, corpus, 2, "--steps=1", "--heldout=0.95")
+    job.wait_for_steps()
+    began = time.monotonic()
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.wait(60) == [0, 0], job.output()
+    assert "stopped after step 1, which is saved" in job.logs[0].read_text(), job.output()
+    assert all("final" not in record for record in small_run.records(tmp_path / "run"))
+    assert time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_sigkill_of_one_ends_the_other_with_a_message(tmp_path, corpus, victim):
     job = Job(tmp_path, corpus, 2, "--steps=100000")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from recipes import loop, metrics
+from recipes import feed, loop, metrics, packing
 from tests.recipes import small_run
 from tests.tolerances import EXACT, RESHARDED, assert_close
 from zoo.checkpoint import Checkpointer, describe
@@ -35,9 +35,9 @@ def restore(workdir, step=STEPS):
         return checkpointer.restore(nested, step)[0]
 
 
-def check_same(workdir, expected):
+def check_same(workdir, expected, step=STEPS):
     assert small_run.records(workdir) == small_run.records(expected)
-    assert_close(restore(workdir), restore(expected), EXACT)
+    assert_close(restore(workdir, step), restore(expected, step), EXACT)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,71 @@ def test_sigterm_saves_and_succeeds(whole, tmp_path):
     check_same(tmp_path / "run", expected)
 
 
+EVALUATED = ("--steps=6", "--mesh=fsdp:1", "--heldout=0.4", "--eval_batches=8")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """(corpus, workdir) of a short run that was never stopped, in this process."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    corpus = small_run.write_corpus(folder)
+    assert small_run.run(*small_run.flags(corpus, folder / "run", *EVALUATED)) == 0
+    return corpus, folder / "run"
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that evaluations have asked for; `batches.stop_at` of them, SIGTERM comes."""
+    class Batches(list):
+        stop_at = None
+
+    found, whole = Batches(), packing.eval_batches
+
+    def eval_batches(*args):
+        for batch in whole(*args):
+            if len(found) == found.stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            found.append(batch)
+            yield batch
+
+    monkeypatch.setattr(packing, "eval_batches", eval_batches)
+    return found
+
+
+@pytest.mark.parametrize(("stop_at", "step"), [(2, 4), (10, 6)], ids=["held out", "final"])
+def test_sigterm_ends_an_evaluation(evaluated, tmp_path, capsys, batches, stop_at, step):
+    """With the batch at hand, and what it leaves out is made up for."""
+    corpus, expected = evaluated
+    flags = small_run.flags(corpus, tmp_path / "run", *EVALUATED)
+    batches.stop_at = stop_at
+    assert small_run.run(*flags) == 0
+    assert len(batches) == stop_at + 1  # The one that brought the news, and no more.
+    assert f"stopped after step {step}, which is saved" in capsys.readouterr().out
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+        assert checkpointer.latest() == step
+    done = [r for r in small_run.records(expected) if r["step"] <= step]
+    assert small_run.records(tmp_path / "run") == done[:-1]
+    batches.stop_at = None
+    assert small_run.run(*flags) == 0
+    check_same(tmp_path / "run", expected, 6)
+
+
+def test_sigterm_saves_instead_of_evaluating(evaluated, tmp_path, monkeypatch, batches):
+    """The step after which it is learnt of is one after which an evaluation is due."""
+    corpus, expected = evaluated
+    flags = small_run.flags(corpus, tmp_path / "run", *EVALUATED)
+    signals = feed.signals
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "signals",
+                      lambda mesh, step, stop: signals(mesh, step, stop or step == 3))
+        assert small_run.run(*flags) == 0
+    assert not batches
+    with Checkpointer(tmp_path / "run" / "checkpoints") as checkpointer:
+        assert checkpointer.steps() == [4]
+    assert small_run.run(*flags) == 0
+    check_same(tmp_path / "run", expected, 6)
+
+
 @pytest.fixture
 def stopped(whole, tmp_path):
     """(corpus, workdir) of a copy of the run as it stood after step 12."""
@@ -137,7 +202,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(whole, tmp_path, capsys, monk
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    monkeypatch.setattr(loop._Run, "_steps", lambda *_: (None, 12))  # Compiling is not the point.
+    monkeypatch.setattr(loop._Run, "_steps", lambda *_: (None, 12, True))  # No need to compile.
     assert go_on(corpus, workdir, "--mesh=fsdp:1") == 0
     output = capsys.readouterr()
     assert f"going on after step 12 of {workdir}" in output.out
@@ -179,9 +244,19 @@ def test_another_corpus_is_refused_with_the_difference(whole, tmp_path, capsys):
 
 def test_the_same_corpus_elsewhere_is_the_same(whole, tmp_path, capsys, monkeypatch):
     shutil.copytree(whole[1], tmp_path / "run")
-    monkeypatch.setattr(loop._Run, "_finish", lambda *_: None)
+    monkeypatch.setattr(loop._Run, "_finish", lambda *_: True)
     moved = shutil.copy(whole[0], tmp_path / "moved.jsonl")
     assert go_on(moved, tmp_path / "run", "--mesh=fsdp:1") == 0
+
+
+@pytest.mark.parametrize("contents", ["[1]", "null", '"text"', "{", ""])
+def test_a_config_that_is_no_object_is_refused(whole, tmp_path, capsys, contents):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(contents)
+    assert go_on(whole[0], tmp_path / "run", "--mesh=fsdp:1") == 2
+    error = capsys.readouterr().err
+    assert "config.json is no JSON object; restore it" in error and error.count("\n") == 1
+    assert (tmp_path / "run" / "config.json").read_text() == contents
 
 
 def test_the_checkpoint_itself_knows_its_run(whole, tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 
 import sharding
 import zoo
-from recipes import command, feed, nonfinite, train, training
+from recipes import command, decode, feed, nonfinite, train, training
 from recipes.optimizer import Optimizer
 from recipes.tasks import lm
 from tests import tiny
@@ -121,6 +121,15 @@ def test_eight_devices_give_what_one_does(changes):
     check(*take(program(tiny.MESH, **changes), 2))
 
 
+def test_key_heads_that_are_whole_give_the_same():
+    config = tiny.config("llama3-8b", num_layers=1)  # Two key heads, on a tensor axis of four.
+    one = take(program(config=config), 1)
+    eight = take(program("fsdp:2,tensor:4", config=config, stacked=True,
+                         rules=sharding.rules("fsdp_tp,kv_heads=none")), 1)
+    assert_close(eight[1][0]["loss"], one[1][0]["loss"], EQUAL)
+    assert_close(eight[0]["params"], zoo.protocol.to_stacked(one[0])["params"], RESHARDED)
+
+
 @pytest.mark.parametrize("name", ["lion", "muon"])
 def test_optimizers_give_the_same_on_eight_devices(name):
     optimizer = Optimizer(name, warmup_steps=0, steps=10, schedule="constant")
@@ -203,6 +212,37 @@ def test_a_non_finite_gradient_leaves_everything_as_it_was():
     assert metrics[0]["finite"].all() and not metrics[1]["finite"].all()
     assert metrics[2]["finite"].all()  # And yet the state has waited.
     assert len(training.finite_names(p)) == len(metrics[1]["finite"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_a_non_finite_update_leaves_everything_as_it_was(name):
+    """Of a finite loss and finite gradients; so is the learning rate, but times them it is not."""
+    rate = float(np.finfo(np.float32).max)
+    p = program(ema=0.9, optimizer=Optimizer(
+        name, learning_rate=rate, adam_learning_rate=rate, warmup_steps=0, schedule="constant",
+        weight_decay=100.0))
+    before = jax.device_get(p.init())
+    state, (metrics,) = take(p, 1)
+    assert_close(jax.device_get(state), before, EXACT)
+    names = [n for n, good in zip(training.finite_names(p), metrics["finite"], strict=True)
+             if not good]
+    assert "the update of stack/layers/0/0/mlp/up/kernel" in names
+    assert all(n.startswith("the update of ") for n in names)
+
+
+def test_non_finite_moments_are_an_update_too():
+    """Squared, the gradient overflows what Adam keeps, though not what it makes of it."""
+    p = program(optimizer=Optimizer(grad_clip=None))
+    state = p.init()
+    gradients = jax.tree.map(lambda x: jnp.full(x.shape, 1e30), state["params"])
+    update = training.make_update(p, zoo.protocol.axes(p.model()))
+    found = nonfinite.find(update, {"gradients": gradients, "state": state},
+                           jax.tree.map(jnp.zeros_like, {"gradients": gradients, "state": state}))
+    assert found.startswith("inf in the result of ") and "gradients/embed/table" in found
+    new = update(gradients, state)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(new["params"]))
+    flags = training.all_finite(new)
+    assert len(flags) == len(jax.tree.leaves(gradients)) and not any(flags)
 
 
 def test_any_process_can_ask_to_stop():
@@ -363,34 +403,149 @@ def test_a_failed_step_is_told_and_kept(tmp_path, capsys):
     wild = ["--steps=20", "--learning_rate=1e19", "--warmup_steps=0", "--grad_clip=0"]
     assert small_run.run(*small_run.flags(corpus, workdir, *wild)) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("error: step 2, of examples 8 to 15: ") and "more not finite" in error
-    assert "first non-finite tensor: inf in the result of" in error and "\n" not in error
+    step = int(error.removeprefix("error: step ").partition(",")[0])  # Numbers overflow gradually.
+    examples = range(8 * (step - 1), 8 * step)
+    assert 2 <= step <= 4 and f", of examples {examples[0]} to {examples[-1]}: the " in error
+    assert "more not finite" in error and "update" not in error and "\n" not in error
+    assert "first non-finite tensor: inf in" in error or "first non-finite tensor: nan in" in error
     failure = json.loads((workdir / "failure.json").read_text())
-    assert failure["after_step"] == 1 and failure["example_ids"] == list(range(8, 16))
-    assert set(small_run.losses(workdir)) == {1}
+    assert failure["after_step"] == step - 1 and failure["example_ids"] == list(examples)
+    assert set(small_run.losses(workdir)) == set(range(1, step))
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        assert checkpointer.latest() == 1
+        assert checkpointer.latest() == step - 1
+
+
+def test_a_failed_update_is_told_and_kept(tmp_path, capsys):
+    corpus, workdir = small_run.write_corpus(tmp_path), tmp_path / "run"
+    wild = ["--steps=20", "--learning_rate=3.4e38", "--warmup_steps=0", "--weight_decay=1000"]
+    assert small_run.run(*small_run.flags(corpus, workdir, *wild)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: step 1, of examples 0 to 7: the update of ")
+    assert "first non-finite tensor: inf in the result of" in error and "\n" not in error
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        assert checkpointer.latest() == 0
+
+
+def test_nothing_held_out(tmp_path, capsys):
+    corpus, workdir = small_run.write_corpus(tmp_path), tmp_path / "run"
+    assert small_run.run(*small_run.flags(corpus, workdir, "--steps=4", "--heldout=0")) == 0
+    assert "none held out" in capsys.readouterr().out
+    assert [set(r) for r in small_run.records(workdir)] == [{"step", "train"}] * 4
+    assert (workdir / "loss.png").exists()
+
+
+def test_a_profile_ends_with_the_last_of_its_steps(tmp_path, monkeypatch):
+    """After it and before the next one, and not before the devices are through with it."""
+    seen = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: seen.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stop"))
+    make_step, wait = training.make_step, jax.block_until_ready
+
+    def counted(program):
+        step = make_step(program)
+
+        def take(state, batch, signals):
+            seen.append(int(jax.device_get(signals)[0, 0]))
+            return step(state, batch, signals)
+
+        return take
+
+    def waited(x):
+        seen.extend(["wait"] if isinstance(x, tuple) and "params" in x[0] else [])
+        return wait(x)
+
+    monkeypatch.setattr(training, "make_step", counted)
+    monkeypatch.setattr(jax, "block_until_ready", waited)
+    corpus = small_run.write_corpus(tmp_path)
+    flags = ("--mesh=fsdp:1", "--heldout=0", "--schedule=constant")
+
+    def run(*more):
+        seen.clear()
+        assert small_run.run(*small_run.flags(corpus, tmp_path / "run", *flags, *more)) == 0
+        return list(seen)
+
+    assert run("--steps=4", "--profile=1:2") == [0, "start", 1, 2, "wait", "stop", 3]
+    # Taken up within its steps, a run profiles the rest; and one that ends first, up to there.
+    assert run("--steps=7", "--profile=2:5") == ["start", 4, 5, "wait", "stop", 6]
+    assert run("--steps=9", "--profile=8:20") == [7, "start", 8, "stop"]
+    assert run("--steps=11", "--profile=2:5") == [9, 10]
+
+
+def save_tokenizer(folder):
+    """A tokenizer.json whose end of text only the file beside it names."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<unk>", "END", "def", "return", "self", "None", "import", "x", "y", "="]
+    tok = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {word: i for i, word in enumerate(words)}, "<unk>"))
+    tok.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder.mkdir()
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "END"}))
+    return folder
+
+
+def test_a_workdir_can_be_moved_with_its_tokenizer(tmp_path, capsys):
+    given = save_tokenizer(tmp_path / "given")
+    corpus = small_run.write_corpus(tmp_path)
+    flags = small_run.flags(corpus, tmp_path / "run", "--steps=1", f"--tokenizer={given}",
+                            "--set=vocab_size=16", "--heldout=0")
+    assert small_run.run(*flags) == 0
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    (tmp_path / "run").rename(moved)
+    given.rename(tmp_path / "gone")
+    assert str(tmp_path) not in (moved / "tokenizer" / "tokenizer_config.json").read_text()
+    for folder in (moved, moved / "checkpoints"):
+        _, tokenizer, _ = training.load_model(folder)
+        assert tokenizer.encode("def x") == [2, 7] and tokenizer.eos_id == 1
+    decoding = ["decode", f"--checkpoint={moved}", "--prompt=def x", "--max_new_tokens=3", "--json"]
+    assert command.execute(decode.main, decoding) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]) <= 3
+    (moved / "tokenizer" / "tokenizer.json").write_bytes(
+        (moved / "tokenizer" / "tokenizer.json").read_bytes() + b"\n")
+    with pytest.raises(ValueError, match="is not the one that .* was trained with"):
+        training.load_model(moved)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    with Checkpointer(tmp_path / "checkpoints") as checkpointer:
+        checkpointer.save(1, {"x": np.zeros(2)}, {"step": 1})
+    with pytest.raises(ValueError, match="does not say which model it holds.*a training run's"):
+        training.load_model(tmp_path)
 
 
 def test_help_shows_the_groups(capsys):
     assert small_run.run("--help") == 0
     text = capsys.readouterr().out
+    words = " ".join(text.split())
     assert "python -m recipes.train --model=llama-tiny" in text
     for title in ("Model:", "Data:", "Optimization:", "Run:", "Devices:"):
         assert f"\n{title}\n" in text
     assert "--steps=1000" in text and "float32|" not in text
+    assert "fsdp_tp,kv_heads=none" in words and "A single text is cut" in words
 
 
 ERRORS = [
     (["--stepz=3"], "unknown flag --stepz; did you mean --steps?"),
     (["--model=lama-tiny"], "did you mean 'llama-tiny'?"),
+    (["--model=Llama-Tiny"], "did you mean 'llama-tiny'?"),
+    (["--set=attention.rope.theta=x"], "attention.rope.theta is 'x'; it must be float"),
+    (["--set=attention.rope.theta=inf"], "attention.rope.theta is inf; it must be finite"),
+    *((f"--{name}={value}".split(), f"--{name}={value}: it must be finite")
+      for name in ("weight_decay", "learning_rate", "adam_learning_rate", "grad_clip", "z_loss",
+                   "ema", "heldout")
+      for value in ("nan", "inf")),
     (["--set=num_layer=3"], "did you mean 'num_layers'?"),
     (["--set=num_layers"], "--set=num_layers: it must be FIELD=VALUE"),
     (["--set=attention.num_kv_heads=3"], "does not divide by attention.num_kv_heads = 3"),
     (["--rules=fspd"], "did you mean 'fsdp'?"),
+    (["--rules=fsdp_tp,kv_head=none"], "did you mean 'kv_heads'?"),
+    (["--mesh=tensor:4"], "as in --rules=fsdp_tp,kv_heads=none"),
     (["--mesh=fdsp:2"], "did you mean 'fsdp'?"),
     (["--mesh=fsdp:16"], "needs 16 devices and there are 8"),
     (["--mesh=fsdp:8", "--set=width=36"], "embed of size 36 does not divide"),
+    (["--batch_size=0"], "batch_size 0: it must be at least 1"),
+    (["--seq_len=0"], "seq_len 0: it must be at least 1"),
     (["--batch_size=12", "--mesh=fsdp:8"], "batch_size 12 does not divide by 8"),
     (["--batch_size=8", "--accumulate=3"], "batch_size 8 does not divide by 24"),
     (["--accumulate=0"], "accumulate 0: it must be at least 1"),

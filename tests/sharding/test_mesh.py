@@ -76,6 +76,12 @@ class Device:
     device_kind: str = "cpu"
 
 
+def test_forced_devices_are_advised_on_a_cpu_only():
+    """Not for described machines, nor for real ones."""
+    with pytest.raises(ShardingError, match="use a smaller mesh$"):
+        sharding.mesh("fsdp:16", [Device(i, 0, "tpu") for i in range(8)])
+
+
 def test_several_processes_must_all_take_part():
     """The remedy in the message is itself a mesh that works."""
     devices = [Device(i, i // 4) for i in range(8)]

@@ -82,7 +82,7 @@ def test_refuses_what_is_no_mesh_axis(value, message):
 
 def test_uneven_dimensions(mesh):
     rules = sharding.rules("fsdp_tp")
-    with pytest.raises(ShardingError, match="mlp of size 7 does not divide .*tensor:2;.*rules.mlp"):
+    with pytest.raises(ShardingError, match="mlp of size 7 does not divide .*tensor:2;.*,mlp=none"):
         rules.spec("embed", "mlp", mesh=mesh, shape=(4, 7))
     with pytest.raises(ShardingError, match="batch|embed of size 3"):
         rules.sharding(mesh, ("embed",), (3,))
@@ -101,6 +101,30 @@ def test_an_uneven_dimension_leaves_its_mesh_axis_to_others(mesh):
 def test_sharding_of_a_parameter(mesh):
     layout = sharding.rules("fsdp_tp").sharding(mesh, ("layers", "embed", "mlp"), (3, 4, 6))
     assert layout == jax.NamedSharding(mesh, P(None, "fsdp", "tensor"))
+
+
+def test_fields_of_a_preset_are_replaced(mesh):
+    whole = sharding.rules("fsdp_tp,kv_heads=none")
+    assert whole == dataclasses.replace(sharding.rules("fsdp_tp"), kv_heads=None)
+    assert whole.spec("heads", "kv_heads", mesh=mesh, shape=(4, 1)) == P("tensor", None)
+    both = sharding.rules(" dp , mlp = fsdp+tensor, batch=data")
+    assert both == Rules(batch="data", mlp=("fsdp", "tensor"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fsdp_tp,kv_head=none", "'kv_head=none' is not FIELD=AXIS.*did you mean 'kv_heads'"),
+        ("fsdp_tp,kv_heads", "'kv_heads' is not FIELD=AXIS, as in kv_heads=none"),
+        ("fsdp_tp,", "'' is not FIELD=AXIS"),
+        ("kv_heads=none", "'kv_heads=none' are not one of"),
+        ("dp,mlp=model", "rules.mlp is 'model'; it must be one of"),
+        ("dp,mlp=fsdp+fsdp", "name each mesh axis once"),
+    ],
+)
+def test_refuses_a_malformed_text(text, message):
+    with pytest.raises(ShardingError, match=message):
+        sharding.rules(text)
 
 
 def test_unknown_preset():

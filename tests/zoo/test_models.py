@@ -162,6 +162,13 @@ def test_refuses_tokens_of_another_shape(shape):
         model({"tokens": np.zeros(shape, np.int32)})
 
 
+@pytest.mark.parametrize("batch", [
+    {}, {"token": np.zeros((1, 2), np.int32)}, None, np.zeros((1, 2), np.int32)], ids=type)
+def test_refuses_a_batch_without_tokens(batch):
+    with pytest.raises(ValueError, match="no dict with 'tokens', int32 .*; pass {'tokens'"):
+        tiny.model(tiny.config("llama3-8b"))(batch)
+
+
 def test_dropout_needs_a_key_and_only_in_training():
     model, batch = tiny.model(tiny.config("qwen3-8b", dropout=0.2)), tiny.batch(40, rows=2)
     with pytest.raises(ValueError, match="dropout is 0.2; training needs a key"):

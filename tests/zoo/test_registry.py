@@ -42,11 +42,18 @@ def test_configs_are_values(name):
 @pytest.mark.parametrize(
     ("name", "near"),
     [("llama3_8b", "llama3-8b"), ("gpt-2", "gpt2"), ("qwen3-0.6B", "qwen3-0.6b"),
-     ("mistral7b", "mistral-7b")],
+     ("mistral7b", "mistral-7b"), ("LLAMA-TINY", "llama-tiny"), ("GPT2", "gpt2")],
 )
 def test_unknown_name(name, near):
     for door in (zoo.config, zoo.build):
         with pytest.raises(ValueError, match=f"unknown model '{name}'; did you mean '{near}'"):
+            door(name)
+
+
+@pytest.mark.parametrize("name", [None, 3, {"width": 2}])
+def test_a_name_is_a_text(name):
+    for door in (zoo.config, zoo.build):
+        with pytest.raises(ValueError, match=r"the model is .*; give its name, one of zoo.list"):
             door(name)
 
 
@@ -95,13 +102,29 @@ def test_overrides_apply_together():
         ({"num_layer": 2}, "transformer has no field 'num_layer'; did you mean 'num_layers'"),
         ({"attention.windw": 2}, "attention has no field 'windw'; did you mean 'window'"),
         ({"width.x": 2}, "'width' is 768, which has no fields; cannot set width.x"),
-        ({"attention.rope.theta": 2}, "'rope' is None, which has no fields; cannot set rope.theta"),
+        ({"attention.rope.theta": 2},
+         "'attention.rope' is None, which has no fields; cannot set attention.rope.theta"),
+        ({"attention": Attention(4, 2, 8, rope=Rope()), "attention.rope.theta": "x"},
+         "attention.rope.theta is 'x'; it must be float"),
+        ({"attention": Attention(4, 2, 8, rope=Rope()), "attention.rope.thet": 2},
+         "attention.rope has no field 'thet'; did you mean 'theta'"),
         ({"num_layers": "two"}, "num_layers is 'two'; it must be int"),
         ({"num_layers": 2.5}, "num_layers is 2.5; it must be int"),
         ({"num_layers": True}, "num_layers is True; it must be int"),
-        ({"num_layers": None}, "num_layers cannot be none; it is a int"),
+        ({"num_layers": None}, "num_layers cannot be none; it is an int"),
+        ({"mlp.hidden": None}, "mlp.hidden cannot be none; it is an int"),
         ({"tie_embeddings": "yes"}, "tie_embeddings is 'yes'; it must be bool"),
-        ({"attention.window": "wide"}, "window is 'wide'; it must be int or NoneType"),
+        ({"attention.window": "wide"}, "^attention.window is 'wide'; it must be int or NoneType"),
+        ({"attention.scale": "inf"}, "^attention.scale is inf; it must be finite"),
+        ({"attention.qk_norm": float("inf")}, "^attention.qk_norm is inf; it must be finite"),
+        ({"attention.scale": "nan"}, "attention.scale is nan; it must be"),
+        ({"attention": Attention(4, 2, 8, rope=Rope(float("inf")))},
+         "^attention.rope.theta is inf; it must be finite"),
+        ({"attention": Attention(4, 2, 8, rope=Rope(1e4, YarnScaling(fast=float("inf"))))},
+         "^attention.rope.scaling.fast is inf; it must be finite"),
+        ({"norm.eps": "inf"}, "^norm.eps is inf; it must be finite"),
+        ({"norm.eps": "nan"}, "norm.eps is nan; it must be"),
+        ({"dropout": "nan"}, "^dropout is nan; it must be finite"),
         ({"mlp": 3}, "mlp is 3; it must be Mlp"),
         ({"attention": Norm()}, "attention is Norm.*it must be Attention"),
         ({"num_layers": 0}, "num_layers is 0; it must be at least 1"),
@@ -197,7 +220,7 @@ def test_dtype():
     definition, full = protocol.split(zoo.build(config))
     cast = protocol.merge(definition, protocol.cast(full, jnp.bfloat16))
     assert_close(jax.jit(cast)(batch).logits, output.logits, tol=0.05)
-    for dtype in (jnp.int32, jnp.float16):
+    for dtype in (jnp.int32, jnp.float16, "float33", None, 3):
         with pytest.raises(ValueError, match="parameters are float32 or bfloat16"):
             zoo.build(config, dtype=dtype)
 
@@ -241,6 +264,19 @@ def test_mesh_and_rules_default_to_the_ambient_ones():
     assert all(x.sharding.device_set == {jax.devices()[0]} for x in jax.tree.leaves(alone))
 
 
+def test_mesh_and_rules_may_be_texts():
+    config = tiny.config("gpt2")
+    spread = params(config, mesh="fsdp:2,tensor:2", rules="tp,vocab=none", abstract=True)
+    expected = params(config, mesh=sharding.mesh("fsdp:2,tensor:2"),
+                      rules=dataclasses.replace(sharding.rules("tp"), vocab=None), abstract=True)
+    assert jax.tree.map(lambda x: x.sharding, spread) == jax.tree.map(
+        lambda x: x.sharding, expected)
+    with pytest.raises(ValueError, match="did you mean 'fsdp'"):
+        zoo.build(config, mesh="fdsp:2")
+    with pytest.raises(ValueError, match="did you mean 'fsdp'"):
+        zoo.build(config, rules="fspd")
+
+
 def test_form_follows_the_device():
     """Lists of layers where the compiler copies slices of stacked weights: on a CPU."""
     assert "layers" in params(tiny.config("gpt2"))["stack"]
@@ -251,6 +287,13 @@ def test_sizes_that_do_not_divide():
     mesh = sharding.mesh("tensor:8")
     with pytest.raises(ValueError, match="kv_heads of size 2 does not divide .*tensor:8"):
         zoo.build(tiny.config("llama3-8b", **{"attention.num_heads": 8}), mesh=mesh)
+    with pytest.raises(ValueError, match="--rules=fsdp_tp,kv_heads=none"):
+        zoo.build(tiny.config("llama3-8b", **{"attention.num_heads": 8}), mesh=mesh)
+    with_key_heads_whole = params(tiny.config("llama3-8b", **{"attention.num_heads": 8}), mesh=mesh,
+                                  rules="fsdp_tp,kv_heads=none", abstract=True)
+    mixer = with_key_heads_whole["stack"]["layers"]["0"]["0"]["mixer"]
+    assert mixer["key"]["kernel"].sharding.shard_shape((32, 2, 8)) == (32, 2, 8)
+    assert mixer["query"]["kernel"].sharding.shard_shape((32, 8, 8)) == (32, 1, 8)
 
 
 def test_merge_inverts_split():

@@ -6,7 +6,9 @@ and streamed generation are the same executable and give the same tokens.
 """
 
 import dataclasses
+import difflib
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType
 
 import sharding
 from zoo.decode import sampling, stop
@@ -194,10 +197,18 @@ def _bucket(n: int, least: int = 1) -> int:
 def _prompts(tokens: Any, valid: Any, vocab: int) -> list[np.ndarray]:
     """Prompts as one int32 array each, checked."""
     if valid is not None:
-        tokens, valid = np.asarray(tokens), np.asarray(valid, bool)
+        try:
+            tokens, valid = np.asarray(tokens), np.asarray(valid)
+        except ValueError:  # Of rows of several lengths.
+            raise ValueError("tokens and valid must be arrays [B, T]; pad the prompts to one "
+                             "length, or pass lists of any lengths without valid") from None
         if tokens.ndim != 2 or valid.shape != tokens.shape:
             raise ValueError(f"valid of shape {valid.shape} must have the shape of tokens, "
                              f"[B, T], which is {tokens.shape}")
+        if valid.dtype != bool and not np.isin(valid, (0, 1)).all():
+            raise ValueError(f"valid has dtype {valid.dtype} and other values than 0 and 1; it "
+                             "says of each token whether it is real, so make it bool")
+        valid = valid.astype(bool)
         tokens = [row[mask] for row, mask in zip(tokens, valid, strict=True)]
     elif isinstance(tokens, (np.ndarray, jax.Array)):
         tokens = np.asarray(tokens)
@@ -218,6 +229,24 @@ def _prompts(tokens: Any, valid: Any, vocab: int) -> list[np.ndarray]:
             raise ValueError(f"prompt {index} holds token {wrong}; the model's ids are 0.."
                              f"{vocab - 1}")
     return [row.astype(np.int32) for row in prompts]
+
+
+def _check_mesh() -> None:
+    mesh = sharding.ambient_mesh()
+    if mesh is not None and any(t == AxisType.Explicit for t in mesh.axis_types):
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} has Explicit axis types, with which there is training "
+            "but no decoding; build the model on sharding.mesh(...) with explicit=False")
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    known = [p.name for taker in (_Run.__init__, sampling.request)
+             for p in inspect.signature(taker).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"{name!r} is no option of generate or stream; {hint}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +275,8 @@ class _Run:
     def __init__(self, model, tokens, max_new_tokens, *, valid=None, stop_strings=(),
                  token_bytes=None, max_len=None, drafter=None, drafter_params=(), **settings):
         config = model.config
+        _check_mesh()
+        _check_settings(settings)
         prompts = _prompts(tokens, valid, config.vocab_size)
         batch, longest = len(prompts), max(len(p) for p in prompts)
         limits = np.asarray(max_new_tokens)
@@ -256,7 +287,9 @@ class _Run:
         if not np.issubdtype(limits.dtype, np.integer) or limits.min() < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be an integer >= 1")
         needed = max(len(p) + int(n) for p, n in zip(prompts, limits, strict=True))
-        room = config.max_length if max_len is None else max_len
+        if max_len is not None and (not isinstance(max_len, (int, np.integer)) or max_len < 1):
+            raise ValueError(f"max_len is {max_len!r}; it must be an integer >= 1, or None")
+        room = config.max_length if max_len is None else int(max_len)
         if room > config.max_length:
             raise ValueError(f"max_len is {max_len}; the model is made for at most "
                              f"{config.max_length} tokens")
@@ -281,7 +314,7 @@ class _Run:
         self.table = stop.automaton(stop_strings, token_bytes)
         self.prompt_length = np.array([len(p) for p in prompts], np.int32)
         self.limit = self.prompt_length + limits.astype(np.int32)
-        capacity = _bucket(needed, LEAST_CAPACITY) if max_len is None else max_len
+        capacity = _bucket(needed, LEAST_CAPACITY) if max_len is None else room
         # The chunk follows the prompt, so that a short one does not pay for a long one.
         self.chunk = min(CHUNK, _bucket(longest, 16))
         history = np.zeros((batch, capacity), np.int32)
@@ -335,7 +368,8 @@ def generate(model, tokens, max_new_tokens, **options) -> Generation:
       A `Generation`.
 
     Raises:
-      ValueError: an empty or foreign prompt, one that does not fit the cache, a bad setting.
+      ValueError: an empty or foreign prompt, one that does not fit the cache, a bad or unknown
+        setting, a mesh of Explicit axis types.
     """
     with sharding.ensure_mesh(split(model)[1]):
         call = _Run(model, tokens, max_new_tokens, **options)

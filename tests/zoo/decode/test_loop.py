@@ -496,6 +496,15 @@ def test_bfloat16():
         ([[1]], {"stop_strings": ["a"], "token_bytes": [b"a"] * 41}, "41 entries; .* 40 token ids"),
         ([[1, 2]], {"valid": [True, True]}, r"valid of shape \(2,\) must have the shape of tokens"),
         (np.array([[1, 2]]), {"valid": [[False, False]]}, "prompt 0 has shape"),
+        (np.array([[1, 2]]), {"valid": [[1, 2]]}, "valid has dtype int64 and other values than 0"),
+        (np.array([[1, 2]]), {"valid": "10"}, r"valid of shape \(\) must have the shape of tokens"),
+        ([[1, 2], [3]], {"valid": [[1, 1], [1]]}, "tokens and valid must be arrays .*; pad the"),
+        ([[1]], {"max_len": "64"}, "max_len is '64'; it must be an integer >= 1, or None"),
+        ([[1]], {"max_len": 32.0}, "max_len is 32.0; it must be an integer"),
+        ([[1]], {"max_len": 0}, "max_len is 0; it must be an integer >= 1"),
+        ([[1]], {"temprature": 1.0}, "'temprature' is no option .*; did you mean 'temperature'"),
+        ([[1]], {"stops": ["a"]}, "'stops' is no option of generate or stream"),
+        ([[1]], {"zzz": 1}, "'zzz' is no option .*; known: drafter, .*, valid$"),
     ],
 )
 def test_refuses(tokens, options, message):
@@ -503,6 +512,27 @@ def test_refuses(tokens, options, message):
     for door in (zoo.generate, zoo.stream):  # at the call, not at the first piece
         with pytest.raises(ValueError, match=message):
             door(small, tokens, **{"max_new_tokens": 5, **options})
+
+
+def test_explicit_axis_types_are_refused_at_the_door():
+    """Also where the mesh is that of the parameters."""
+    mesh = sharding.mesh("tensor:2", explicit=True)
+    built = zoo.build(tiny.config("gpt2"), mesh=mesh, abstract=True)
+    for door in (zoo.generate, zoo.stream):
+        with pytest.raises(ValueError, match="'tensor': 2} has Explicit axis .*explicit=False"):
+            door(built, PROMPTS, NEW)
+        with sharding.use(mesh), pytest.raises(ValueError, match="has Explicit axis types"):
+            door(built, PROMPTS, NEW)
+
+
+def test_fewer_key_heads_than_the_tensor_axis_is_wide():
+    """Two key heads over four devices: whole on each of them."""
+    mesh, rules = sharding.mesh("tensor:4"), sharding.rules("fsdp_tp,kv_heads=none")
+    definition, params = protocol.split(model())
+    layout = protocol.shardings(mesh, rules, protocol.axes(model()), params)
+    spread = protocol.merge(definition, jax.device_put(params, layout))
+    with sharding.use(mesh, rules):
+        assert_same(zoo.generate(spread, PROMPTS, NEW), plain())
 
 
 def test_stream_refuses():

@@ -1,0 +1,196 @@
+"""The loop over slices of positions and the gradient, which all implementations share.
+
+An implementation gives the statistics of a slice's logits and, from what it keeps of them, their
+cotangents; here shards of the vocabulary are merged and both gradients made while the slice
+stands.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.cross_entropy import METRICS
+from pallas_kernels.dispatch import residual
+
+
+class Statistics(NamedTuple):
+    """Of each row's capped logits, float32 [R] but for `first`.
+
+    Attributes:
+      top: the largest.
+      first: int32, the first column where it stands.
+      normaliser: sum of ``exp(logit - top)``.
+      at_label: the label's, 0 where the label is not among these columns.
+      total: the sum of all.
+    """
+
+    top: jax.Array
+    first: jax.Array
+    normaliser: jax.Array
+    at_label: jax.Array
+    total: jax.Array
+
+
+class Coefficients(NamedTuple):
+    """What makes a row's cotangents of its capped logits, float32 [R].
+
+    ``d_logit = exponential * exp(logit - top) - hit * (column is label) - spread``, where `top` is
+    that of this shard's own statistics.
+    """
+
+    exponential: jax.Array
+    hit: jax.Array
+    spread: jax.Array
+
+
+def differentiable(statistics: Callable, cotangents: Callable) -> Callable:
+    """Makes the op's function from the work on one slice of R rows.
+
+    Args:
+      statistics: ``(hidden [R, D], head, labels [R], *, softcap, keep, **tiles) -> (Statistics,
+        kept)``; labels are columns of this head, -1 where another shard has them. `kept` is
+        None unless `keep`.
+      cotangents: ``(kept, labels, Statistics, Coefficients, *, softcap, **tiles) -> d_raw``:
+        [R, V] in hidden's dtype, the cotangents of the logits before the cap.
+
+    Returns:
+      ``(hidden, head, labels, weights, *, rows, z_loss, label_smoothing, softcap, vocab_axis,
+      **tiles)``, where `rows` is R.
+    """
+
+    def slice_sums(hidden, head, labels, weights, keep, *, z_loss, label_smoothing, softcap,
+                   vocab_axis, **tiles):
+        """Sums of one slice by name, and with `keep` its gradients for a unit cotangent."""
+        columns = head.shape[1]
+        vocab, offset = columns, 0
+        if vocab_axis is not None:
+            vocab, offset = columns * lax.axis_size(vocab_axis), (
+                lax.axis_index(vocab_axis) * columns)
+            labels = labels - offset
+            labels = jnp.where((labels >= 0) & (labels < columns), labels, -1)
+        own, kept = statistics(hidden, head, labels, softcap=softcap, keep=keep, **tiles)
+        top, first, normaliser, at_label, total = own
+        correct = first == labels
+        if vocab_axis is not None:
+            top = lax.pmax(own.top, vocab_axis)
+            first = lax.pmin(jnp.where(own.top == top, own.first + offset, vocab), vocab_axis)
+            correct = first == labels + offset
+            normaliser, at_label, total = lax.psum(
+                (normaliser * jnp.exp(own.top - top), at_label, total), vocab_axis)
+            # Of all shards, only the label's own one can say so.
+            correct = lax.psum(jnp.where(labels >= 0, correct, False).astype(jnp.float32),
+                               vocab_axis)
+        log_z = top + jnp.log(normaliser)
+        terms = {"nll": log_z - at_label, "z_squared": log_z**2, "correct": correct}
+        if label_smoothing:
+            terms["spread"] = log_z - total / vocab
+        sums = {name: jnp.sum(weights * term) for name, term in terms.items()}
+        if not keep:
+            return sums
+        slope = weights * (1.0 + 2.0 * z_loss * log_z)
+        coefficients = Coefficients(
+            slope / normaliser * jnp.exp(own.top - top), weights * (1.0 - label_smoothing),
+            weights * (label_smoothing / vocab))
+        d_raw = cotangents(kept, labels, own, coefficients, softcap=softcap, **tiles)
+        d_hidden = jnp.einsum("rv,dv->rd", d_raw, head, preferred_element_type=jnp.float32)
+        d_head = jnp.einsum("rd,rv->dv", hidden, d_raw, preferred_element_type=jnp.float32)
+        return sums, d_hidden.astype(hidden.dtype), d_head
+
+    def start(options):
+        names = (*METRICS, "spread") if options["label_smoothing"] else METRICS
+        return dict.fromkeys(names, jnp.zeros((), jnp.float32))
+
+    def results(sums, options):
+        smooth = options["label_smoothing"]
+        loss = (1.0 - smooth) * sums["nll"] + options["z_loss"] * sums["z_squared"]
+        if smooth:
+            loss = loss + smooth * sums["spread"]
+        return loss, {name: sums[name] for name in METRICS}
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+    def run(hidden, head, labels, weights, rows, static):
+        options = dict(static)
+
+        def add(sums, piece):
+            h, y, w = piece
+            return jax.tree.map(jnp.add, sums, slice_sums(h, head, y, w, False, **options)), None
+
+        sums, _ = lax.scan(add, start(options), _sliced(rows, hidden, labels, weights))
+        return results(sums, options)
+
+    def run_forward(hidden, head, labels, weights, rows, static):
+        options = dict(static)
+
+        def add(carry, piece):
+            h, y, w = piece
+            terms, d_hidden, d_head = slice_sums(h, head, y, w, True, **options)
+            return jax.tree.map(jnp.add, carry, (terms, d_head)), d_hidden
+
+        carry = start(options), jnp.zeros(head.shape, jnp.float32)
+        (sums, d_head), d_hidden = lax.scan(add, carry, _sliced(rows, hidden, labels, weights))
+        b, t, d = hidden.shape
+        d_hidden = d_hidden.reshape(-1, d)[: b * t].reshape(b, t, d)
+        return results(sums, options), (residual(d_hidden), residual(d_head.astype(head.dtype)))
+
+    def run_backward(rows, static, residuals, cotangent):
+        d_hidden, d_head = residuals
+        cotangent, _ = cotangent
+        vocab_axis = dict(static)["vocab_axis"]
+        if vocab_axis is not None:
+            # The loss is replicated over the vocabulary's shards, so shard_map hands each of
+            # them its part of the cotangent.
+            cotangent = lax.psum(cotangent, vocab_axis)
+        return ((d_hidden * cotangent).astype(d_hidden.dtype),
+                (d_head * cotangent).astype(d_head.dtype), None, None)
+
+    run.defvjp(run_forward, run_backward)
+
+    def cross_entropy(hidden, head, labels, weights, *, rows, **static):
+        weights = weights.astype(jnp.float32)
+        loss, metrics = run(hidden, head, labels, weights, rows, tuple(sorted(static.items())))
+        metrics = {name: lax.stop_gradient(x)[None] for name, x in metrics.items()}
+        return loss[None], jnp.sum(weights)[None], metrics
+
+    return cross_entropy
+
+
+def _sliced(rows, *arrays):
+    """[B, T, ...] as [slices, rows, ...], padded with zeros: positions of weight 0."""
+    def cut(x):
+        x = x.reshape(-1, *x.shape[2:])
+        padding = -x.shape[0] % rows
+        if padding:
+            x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, rows, *x.shape[1:])
+
+    return tuple(map(cut, arrays))
+
+
+def merge_tiles(top, first, normaliser, at_label, total):
+    """Statistics of whole rows from those of tiles of columns, each [tiles, R].
+
+    `first` counts columns from the start of the row.
+    """
+    whole = jnp.max(top, axis=0)
+    last = jnp.iinfo(first.dtype).max
+    return Statistics(whole, jnp.min(jnp.where(top == whole, first, last), axis=0),
+                      jnp.sum(normaliser * jnp.exp(top - whole), axis=0),
+                      jnp.sum(at_label, axis=0), jnp.sum(total, axis=0))
+
+
+def rows_per_slice(positions: int, longest: int, multiple: int = 1) -> int:
+    """Rows of equal slices: at most `longest`, then rounded up to a multiple.
+
+    A slice is at most half of the positions, lest a short sequence's logits stand all at once.
+    Where up to twice as many slices divide the positions, they do: padding copies hidden.
+    """
+    longest = max(1, min(longest, -(-positions // 2)))
+    fewest = -(-positions // longest)
+    for slices in range(fewest, 2 * fewest):
+        if positions % (slices * multiple) == 0:
+            return positions // slices
+    return -(-positions // (fewest * multiple)) * multiple

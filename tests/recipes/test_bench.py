@@ -1,0 +1,66 @@
+"""The kernels suite of `recipes.bench`: small cases on this CPU, its table, JSON and errors."""
+
+import json
+
+import pytest
+
+import pallas_kernels
+from pallas_kernels import cases, tuned
+from recipes import bench, command
+from tests.pallas_kernels import toy
+
+
+def run(*flags):
+    return command.execute(bench.main, ["bench", "--suite=kernels", "--rounds=1", *flags])
+
+
+def test_times_a_case_against_its_definition(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert run("--op=^toy$", "--case=cubes", "--compare=plain,jax", f"--out={out}") == 0
+    printed = capsys.readouterr().out
+    assert "CPU times say nothing" in printed and "toy cubes" in printed
+    assert "jax: has no such call" in printed.replace("\n", " ")
+    result = json.loads(out.read_text())
+    assert result["chip"] == "cpu" and result["ceilings"]["flops"] > 1e8
+    (row,) = result["results"]
+    assert set(row["sides"]) == {"xla", "plain"}
+    for side in row["sides"].values():
+        assert 0 < side["forward_seconds"] < side["with_backward_seconds"] * 10
+        assert side["forward_of_roofline"] == pytest.approx(
+            row["floor_seconds"][0] / side["forward_seconds"])
+
+
+def test_tuning_writes_the_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    assert run("--op=^toy$", "--case=squares", "--compare=", "--tune") == 0
+    (entry,) = json.loads((tmp_path / "cpu.json").read_text())["entries"]
+    assert entry["op"] == "toy" and entry["implementation"] == "xla"
+    assert entry["milliseconds"] > 0
+    assert "wrote 1 entries" in capsys.readouterr().out
+
+
+def test_every_op_counts_its_work():
+    for op in pallas_kernels.ops().values():
+        module = op.module("cases")
+        for case in cases.of(op):
+            if not case.compiled:
+                flops, size = module.work(case.operands("float32"), case.options)
+                assert flops > 0 and size > 0
+        assert module.BACKWARD >= 1
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--compare=toch"], "--compare has toch; it takes"),
+    (["--op=nosuch"], "no case matches op='nosuch'"),
+    (["--op=^toy$", "--dtype=bfloat16"], "no case matches op='^toy$' case='' in bfloat16"),
+])
+def test_errors_are_one_line(flags, message, capsys):
+    assert run(*flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_a_side_with_other_results_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(toy.toy.module("reference"), "toy", lambda x, scale: 2 * x)
+    assert run("--op=^toy$", "--case=squares") == 2
+    assert "plain and xla differ by more than" in capsys.readouterr().err

@@ -1,0 +1,64 @@
+"""The planner: what it counts, and what it refuses before it compiles anything."""
+
+import jax.numpy as jnp
+import pytest
+
+import sharding
+import zoo
+from recipes import command, plan
+from tests import tiny
+
+BATCH = 3
+
+
+def reads(config, mesh="data:1", rules="fsdp_tp", batch=BATCH) -> int:
+    mesh, rules = sharding.mesh(mesh), sharding.rules(rules)
+    model = zoo.build(config, mesh=mesh, rules=rules, dtype=jnp.bfloat16, abstract=True)
+    _, params = zoo.protocol.split(model)
+    return plan.decode_reads(config, params, zoo.protocol.axes(model), mesh, rules, batch)
+
+
+@pytest.mark.parametrize(("name", "tables"), [
+    ("llama3-8b", ["vocab"]),
+    ("qwen3-0.6b", []),  # Its table is the head too.
+    ("gpt2", ["max_length"]),
+])
+def test_decoding_reads_the_rows_of_a_table_that_it_looks_up(name, tables):
+    config = tiny.config(name)
+    model = zoo.build(config, abstract=True)
+    whole = 2 * zoo.protocol.num_params(model)
+    sizes = {"vocab": config.vocab_size, "max_length": config.max_length}
+    spared = sum(2 * (sizes[kind] - BATCH) * config.width for kind in tables)
+    assert reads(config) == whole - spared
+    # More requests than rows cannot read more than the table.
+    assert reads(config, batch=1000) == whole
+
+
+def test_decoding_reads_the_rows_of_its_own_requests_and_shards():
+    config = tiny.config("llama3-8b", num_layers=1)
+    one, more = (reads(config, "data:2,tensor:2", batch=batch) for batch in (2, 4))
+    assert more - one == 2 * config.width  # One row more of each of two devices.
+    one, more = (reads(config, "fsdp:2,tensor:2", batch=batch) for batch in (2, 4))
+    assert more - one == config.width  # Of half the width.
+
+
+FLAGS = ("--model=llama-tiny", "--topology=v5e:2x2")
+ERRORS = [
+    (["--rules=fspd"], "did you mean 'fsdp'?"),
+    (["--rules=tp,kv_head=none"], "did you mean 'kv_heads'?"),
+    (["--mesh=fdsp:2"], "did you mean 'fsdp'?"),
+    (["--model=LLAMA-TINY"], "did you mean 'llama-tiny'?"),
+    (["--set=norm.eps=inf"], "norm.eps is inf; it must be finite"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), ERRORS, ids=[flags[0] for flags, _ in ERRORS])
+def test_an_error_is_one_line(flags, words, capsys):
+    assert command.execute(plan.main, ["plan", *FLAGS, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and words in error and error.count("\n") == 1
+
+
+def test_help_says_how_rules_are_changed(capsys):
+    assert command.execute(plan.main, ["plan", "--help"]) == 0
+    assert "fsdp_tp,kv_heads=none" in capsys.readouterr().out
