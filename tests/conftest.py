@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config, items):
         unmet["gpu"] = pytest.mark.skip(reason="needs a GPU: run with JAX_PLATFORMS=cuda,cpu")
     for item in items:
         for marker, skip in unmet.items():
-            if marker in item.keywords:
+            if item.get_closest_marker(marker):
                 item.add_marker(skip)
 
 

@@ -376,7 +376,7 @@ class _Block:
 
         def hidden():
             def spread(vector, axis):
-                return pg.layout_cast(lax.broadcast_in_dim(vector, x.shape, [axis]), _TILE)
+                return lax.broadcast_in_dim(vector, x.shape, [axis])
 
             rows = self.row + pg.broadcasted_iota(jnp.int32, (_ROWS,), 0, layout=_BY_ROW)
             columns = self.tile(n) * self.walk.columns + pg.broadcasted_iota(
@@ -552,7 +552,9 @@ def _launch(kernel_name: str, problem: _Problem, walk: _Walk, compute: Callable,
         num_threads=walk.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name=kernel_name,
-        compiler_params=pg.CompilerParams(approx_math=True),
+        # Layouts are all given here, and their inference fails for some masks.
+        compiler_params=pg.CompilerParams(
+            approx_math=True, lowering_semantics=pg.LoweringSemantics.Lane),
         **compat.gpu_cost_estimate(
             flops=2 * products * pairs, transcendentals=pairs,
             bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved)),

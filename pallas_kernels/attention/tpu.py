@@ -34,10 +34,10 @@ from pallas_kernels.attention.gradient import differentiable
 
 LANES = 128
 
-# Rows (queries times heads) and keys of a tile, at most. In the compiler's schedule for a v5e a
-# tile of 1024 x 1024 takes 0.71 (forward), 0.76 and 0.81 of the cycles of four of 512 x 512.
-BLOCK_ROWS = 1024
-BLOCK_K = 1024
+# Rows (queries times heads) and keys of a tile, at most, in bfloat16. The compiler's schedule for a
+# v5e gives a tile of 1024 x 1024 0.71 (forward), 0.76 and 0.81 of the cycles of four of 512 x 512.
+# In float32 a product is six passes, so that half suffices; more takes minutes to compile.
+BLOCK = 1024
 
 # Of VMEM, which every chip since v5e has 64 MiB and more of; and of one operand's tile.
 _VMEM_BYTES = 56 << 20
@@ -72,7 +72,7 @@ def supports(target, query, key, value, query_segments=None, key_segments=None, 
                 return (f"blocks of {n // blocks} {name} in block_mask must be a multiple of "
                         f"{LANES}")
     plan = _plan(query, key, value, block_mask, causal=options["causal"],
-                 window=options["window"], block_rows=BLOCK_ROWS, block_k=BLOCK_K)
+                 window=options["window"])
     if plan.lanes_k + plan.lanes_v > 2048:
         return f"heads of {plan.k} and {plan.v} must fit 2048 lanes together"
     if max(plan.nq, plan.nk) > 1 << _TILE_BITS or plan.visits().shape[1] > _MAX_VISITS:
@@ -87,7 +87,7 @@ def candidates(query, key, value, query_segments=None, key_segments=None, block_
     found = {}
     for block_k in (512, 1024, 2048, 256):
         for block_rows in (1024, 512, 2048):
-            if block_rows * block_k > 1 << 20:
+            if block_rows * block_k > _block(query) ** 2:
                 continue
             plan = _plan(query, key, value, block_mask, causal=options["causal"],
                          window=options["window"], block_rows=block_rows, block_k=block_k)
@@ -256,13 +256,19 @@ class _Plan:
         return _concatenate(parts, 1)
 
 
-def _plan(query, key, value, block_mask, *, causal, window, block_rows, block_k) -> _Plan:
+def _block(query) -> int:
+    return BLOCK * 2 // query.dtype.itemsize
+
+
+def _plan(query, key, value, block_mask, *, causal, window, block_rows=None, block_k=None
+          ) -> _Plan:
     b, t, h, k = query.shape
     s, g, v = value.shape[1:]
     repeat = h // g
     # VMEM holds some ten tiles of operands, their copies and sums.
     widest = query.dtype.itemsize * _round_up(max(k, v), LANES)
-    block_rows, block_k = (min(n, _TILE_BYTES // widest) for n in (block_rows, block_k))
+    block_rows, block_k = (min(n or _block(query), _TILE_BYTES // widest)
+                           for n in (block_rows, block_k))
     # A packed pair stacks the rows of two key heads, which must not be too many.
     packed = k == v == LANES // 2 and g % 2 == 0 and repeat <= 8
     if packed:
@@ -664,6 +670,6 @@ def _backward(*operands_and_rows, dtype, **static):
 _attention = differentiable(_forward, _backward)
 
 
-def attention(*operands, block_rows=BLOCK_ROWS, block_k=BLOCK_K, **options):
-    """See `pallas_kernels.attention.attention`."""
+def attention(*operands, block_rows=None, block_k=None, **options):
+    """See `pallas_kernels.attention.attention`; tiles have `BLOCK` rows and keys by default."""
     return _attention(*operands, block_rows=block_rows, block_k=block_k, **options)

@@ -1,10 +1,10 @@
 """Cross-entropy on Hopper GPUs, by Mosaic GPU: statistics in the epilogue of the logits' matmul.
 
 Why: XLA writes a slice's float32 logits and reads them for the maximum, the normaliser and the
-cotangents. Here a tile of logits stays in registers; it leaves five numbers a row, and where
-gradients are wanted its exponentials, in the operands' dtype and relative to the tile's own
-maximum: no coarser than the cotangents that XLA makes of them in one pass. Without gradients no
-logit is written.
+cotangents: with those, 22 bytes a logit. Here a tile of logits stays in registers; it leaves five
+numbers a row, and where gradients are wanted its exponentials, in the operands' dtype and relative
+to the tile's own maximum: no coarser than the cotangents that XLA makes of them in one pass, 10
+bytes in all. Without gradients no logit is written.
 
 Floor: 2 R D V FLOPs and one read of hidden [R, D] and head [D, V] a slice, and R V written where
 gradients are wanted. Their products are XLA's: cuBLAS adds to the head's in place.
@@ -126,8 +126,8 @@ def _statistics_kernel(hidden, head, labels, found, *rest, columns, block_column
             left = columns - first_column
             parts = [jnp.where(across < left - start, part, -1e30)
                      for start, part in zip(starts, parts, strict=True)]
-        top = functools.reduce(jnp.maximum, (jnp.max(part, axis=1) for part in parts))
-        top = _capped(top, softcap)
+        largest = functools.reduce(jnp.maximum, (jnp.max(part, axis=1) for part in parts))
+        top = _capped(largest, softcap)
         wide = lax.broadcast_in_dim(top, shape, [0])
         pg.barrier_wait(arrived.at[warpgroup])
         target = compat.gpu_load(targets.at[warpgroup], _BY_ROW) - first_column
@@ -135,6 +135,9 @@ def _statistics_kernel(hidden, head, labels, found, *rest, columns, block_column
         staging = outgoing.at[warpgroup]
 
         def visit(start, part):
+            # The first column of the largest, as a maximum: float32 holds every column's number.
+            is_largest = part == lax.broadcast_in_dim(largest, shape, [0])
+            first = jnp.max(jnp.where(is_largest, backwards, -float(1 << 24)), axis=1)
             inside = part = _capped(part, softcap)
             if columns % block_columns:
                 inside = jnp.where(across < left - start, part, 0.0)
@@ -146,8 +149,6 @@ def _statistics_kernel(hidden, head, labels, found, *rest, columns, block_column
                 pg.commit_smem()
                 pg.copy_smem_to_gmem(staging, kept.at[rows, pl.ds(first_column + start, _PART)])
             is_label = across == lax.broadcast_in_dim(target - start, shape, [0])
-            # The first column of the largest, as a maximum: float32 holds every column's number.
-            first = jnp.max(jnp.where(part == wide, backwards, -float(1 << 24)), axis=1)
             return (first - float(start), jnp.sum(exponentials, axis=1),
                     jnp.sum(jnp.where(is_label, part, 0.0), axis=1), jnp.sum(inside, axis=1))
 

@@ -1,11 +1,11 @@
 """Cross-entropy for TPUs: the softmax's statistics in the epilogue of the logits' matmul.
 
-Why: XLA writes a slice's float32 logits, reads them for the maximum, for the normaliser and for
-the cotangents, and writes those: 18 bytes a logit between the three matmuls. Here a tile of logits
-leaves five numbers a row, and where gradients are wanted its exponentials, in the operands' dtype
-and relative to the tile's own maximum: no coarser than the cotangents, which a second kernel makes
-in their place. With bfloat16 that is 6 bytes a logit, and a slice of twice the rows in the same
-room, so that the head's gradient is added up half as often. Without gradients no logit is written.
+Why: XLA writes a slice's float32 logits and reads them for the normaliser and in both gradients'
+products: 16 bytes a logit. Here a tile of logits leaves five numbers a row, and where gradients are
+wanted its exponentials, in the operands' dtype and relative to the tile's own maximum: no coarser
+than the cotangents, which a second kernel makes in their place. With bfloat16 that is 10 bytes a
+logit, and a slice of twice the rows in the same room, so that the head's gradient is added up half
+as often. Without gradients no logit is written, where XLA writes and reads 8 bytes.
 
 Floor: 2 R D V FLOPs and one read of hidden [R, D] and head [D, V] a slice; with gradients
 R V written, and read and written again. The gradients' products are XLA's: with their operand in

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as pg
 
-from pallas_kernels.compat import gpu_cost_estimate
+from pallas_kernels.compat import gpu_cost_estimate, gpu_load
 from pallas_kernels.rms_norm.gradient import differentiable
 
 # The lanes of a warpgroup. Rows are padded to a multiple of them.
@@ -48,26 +48,34 @@ def _each_row(count, blocks, visit):
         pl.when(row < count)(lambda: visit(row))
 
 
+def _load(ref):
+    """A row or vector, in float32; whatever its dtype, each lane gets the same elements."""
+    lane = ref.shape[0] // LANES
+    together = next(n for n in (4, 2, 1) if lane % n == 0)
+    return gpu_load(ref, pg.Layout.WG_STRIDED(ref.shape, together)).astype(jnp.float32)
+
+
 def _distances(rows, inside, width, centred):
     """Distances of a padded row from its mean, or from zero; 0 in the padding."""
     if not centred:
         return rows
     distances = rows - jnp.sum(rows) / width
-    return distances if inside is None else distances * inside[...]
+    return distances if inside is None else distances * _load(inside)
 
 
 def _forward_kernel(x, scale, residual, bias, inside, y, total, *, blocks, width, eps, offset,
                     centred):
     def visit(row):
-        rows = x[row]
+        rows = _load(x.at[row])
         if residual is not None:
-            rows = rows + residual[row]
+            rows = (rows + _load(residual.at[row])).astype(total.dtype)
             total[row] = rows
-        rows = _distances(rows.astype(jnp.float32), inside, width, centred)
+            rows = rows.astype(jnp.float32)
+        rows = _distances(rows, inside, width, centred)
         out = rows * lax.rsqrt(jnp.sum(rows * rows) / width + eps)
-        out = out * (offset + scale[...].astype(jnp.float32))
+        out = out * (offset + _load(scale))
         if bias is not None:
-            out = out + bias[...].astype(jnp.float32)
+            out = out + _load(bias)
         y[row] = out.astype(y.dtype)
 
     _each_row(x.shape[0], blocks, visit)
@@ -80,26 +88,26 @@ def _backward_kernel(total, scale, d_y, d_total, inside, d_x, d_scale, d_bias, s
         here[...] = jnp.zeros(here.shape, jnp.float32)
 
     def visit(row):
-        rows = _distances(total[row].astype(jnp.float32), inside, width, centred)
+        rows = _distances(_load(total.at[row]), inside, width, centred)
         factor = lax.rsqrt(jnp.sum(rows * rows) / width + eps)
         unit = rows * factor
-        d_out = d_y[row].astype(jnp.float32)
-        d_unit = d_out * (offset + scale[...].astype(jnp.float32))
+        d_out = _load(d_y.at[row])
+        # Every lane meets only its own elements here. First, for d_out then leaves the registers.
+        scale_sums[...] = _load(scale_sums) + d_out * unit
+        if d_bias is not None:
+            bias_sums[...] = _load(bias_sums) + d_out
+        d_unit = d_out * (offset + _load(scale))
         d_rows = d_unit - unit * (jnp.sum(d_unit * unit) / width)
         if centred:
             d_rows = d_rows - jnp.sum(d_unit) / width
         d_rows = d_rows * factor
         if d_total is not None:
-            d_rows = d_rows + d_total[row].astype(jnp.float32)
+            d_rows = d_rows + _load(d_total.at[row])
         d_x[row] = d_rows.astype(d_x.dtype)
-        # Every lane meets only its own elements here.
-        scale_sums[...] += d_out * unit
-        if d_bias is not None:
-            bias_sums[...] += d_out
 
     _each_row(total.shape[0], blocks, visit)
     for here, there in sums:
-        there[lax.axis_index("block")] = here[...]
+        there[lax.axis_index("block")] = _load(here)
 
 
 def _call(kernel, name, blocks, operands, results, scratch, flops):

@@ -17,7 +17,7 @@ def compiled(*arguments: str) -> dict[str, dict]:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "tpu"], ids=["by xla", "by kernel"])
 def test_room_on_a_tpu(implementation):
     """Beyond the float32 gradient of the head: under 1/16 of all logits in float32."""
     reports = compiled("v5p:2x2x1", implementation)
@@ -31,7 +31,7 @@ def test_room_on_a_tpu(implementation):
 
 
 @needs_cuda
-@pytest.mark.parametrize("implementation", ["xla", "gpu"])
+@pytest.mark.parametrize("implementation", ["xla", "gpu"], ids=["by xla", "by kernel"])
 def test_room_on_a_gpu(implementation):
     """XLA's slices are of twice the rows, and their cotangents stand beside the logits."""
     reports = compiled("h200:1", implementation)

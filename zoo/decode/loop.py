@@ -231,12 +231,16 @@ def _prompts(tokens: Any, valid: Any, vocab: int) -> list[np.ndarray]:
     return [row.astype(np.int32) for row in prompts]
 
 
-def _check_mesh() -> None:
-    mesh = sharding.ambient_mesh()
-    if mesh is not None and any(t == AxisType.Explicit for t in mesh.axis_types):
+def _check_mesh(params: Any) -> None:
+    own = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+    meshes = [mesh for mesh in (sharding.ambient_mesh(), own) if mesh is not None]
+    explicit = [any(t == AxisType.Explicit for t in mesh.axis_types) for mesh in meshes]
+    alone = all(mesh.size == 1 for mesh in meshes) and all(explicit)
+    if any(explicit) and not alone:
         raise ValueError(
-            f"the mesh {dict(mesh.shape)} has Explicit axis types, with which there is training "
-            "but no decoding; build the model on sharding.mesh(...) with explicit=False")
+            f"the mesh {dict(meshes[0].shape)}, or the model's own, has Explicit axis types, with "
+            "which there is training but no decoding; build the model on sharding.mesh(...) with "
+            "explicit=False")
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
@@ -275,7 +279,8 @@ class _Run:
     def __init__(self, model, tokens, max_new_tokens, *, valid=None, stop_strings=(),
                  token_bytes=None, max_len=None, drafter=None, drafter_params=(), **settings):
         config = model.config
-        _check_mesh()
+        self.definition, self.params = split(model)
+        _check_mesh(self.params)
         _check_settings(settings)
         prompts = _prompts(tokens, valid, config.vocab_size)
         batch, longest = len(prompts), max(len(p) for p in prompts)
@@ -309,7 +314,6 @@ class _Run:
             config.vocab_size - len(token_bytes or ()))]
         self.drafter = Plain() if drafter is None else drafter
         self.drafter_params = drafter_params
-        self.definition, self.params = split(model)
         self.request = sampling.request(batch, **settings)
         self.table = stop.automaton(stop_strings, token_bytes)
         self.prompt_length = np.array([len(p) for p in prompts], np.int32)
