@@ -50,6 +50,8 @@ class Normalize(nnx.Module):
         With a residual, (the normalised sum of both, the sum).
         """
         op = layer_norm if self.config.kind == "layer" else rms_norm
-        bias = None if self.bias is None else self.bias[...]
-        return sharding.local(op, x, self.scale[...], residual, bias, eps=self.config.eps,
+        # In float32 shards add up their gradients in float32.
+        scale, bias = (None if p is None else p[...].astype(jnp.float32)
+                       for p in (self.scale, self.bias))
+        return sharding.local(op, x, scale, residual, bias, eps=self.config.eps,
                               dims=dims(*self.rows))

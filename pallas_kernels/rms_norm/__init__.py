@@ -1,9 +1,17 @@
 """RMSNorm of rows, perhaps of the sum of two arrays: the pre-norm block's residual add.
 
-Why it is an op: it does next to no arithmetic, so it costs what it moves. The forward pass is one
-read of x and of the residual and one write of the sum and of y, and XLA reaches that by itself. The
-backward pass need not move more than the sum, the two cotangents and the result, once each, but XLA
-reads them up to three times: for the rows' means, for d_scale, and for d_x.
+Why it is an op: it does next to no arithmetic, so it costs what it moves. Forward that is one read
+of x and of the residual and one write of the sum and of y; backward one read of the sum and of the
+two cotangents and one write of d_x, where XLA reads them for the rows' means, for d_scale and for
+d_x in turn.
+
+Which is preferred follows from programs compiled for described chips, not from measurements. XLA
+folds the norm into the matrix products around it, and makes it again in those of the backward pass;
+on a v5p at a width of 4096 its own cost model puts a block's training step at 45.4 Mcycles with
+autodiff's norms, 43.4 with `xla`, and 41.2 with the kernels, their traffic at full bandwidth
+included. The order was the same on v6e, at a width of 1024, per head, and with remat; on v5e the
+kernels and `xla` are even. On an H200 the kernels save a sixteenth of the traffic that `xla` leaves
+around them, but how near they come to full bandwidth is not known, so there XLA goes first.
 """
 
 import jax
