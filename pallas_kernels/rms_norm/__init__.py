@@ -10,8 +10,8 @@ folds the norm into the matrix products around it, and makes it again in those o
 on a v5p at a width of 4096 its own cost model puts a block's training step at 45.4 Mcycles with
 autodiff's norms, 43.4 with `xla`, and 41.2 with the kernels, their traffic at full bandwidth
 included. The order was the same on v6e, at a width of 1024, per head, and with remat; on v5e the
-kernels and `xla` are even. On an H200 the kernels save a sixteenth of the traffic that `xla` leaves
-around them, but how near they come to full bandwidth is not known, so there XLA goes first.
+kernels and `xla` are even. On an H200 the kernels save twelve passes over x a block, but how near
+they come to full bandwidth is not known, so there XLA goes first.
 """
 
 import jax
