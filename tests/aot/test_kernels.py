@@ -18,7 +18,7 @@ MACHINES = [
     pytest.param("v5e:2x2", "data:2,tensor:2", marks=needs_libtpu),
     pytest.param("v5p:2x2x1", "data:2,tensor:2", marks=needs_libtpu),
     pytest.param("v6e:2x2", "data:2,tensor:2", marks=needs_libtpu),
-    pytest.param("h200:8", "data:2,tensor:4", marks=needs_cuda),
+    pytest.param("h200:8", "data:4,tensor:2", marks=needs_cuda),
 ]
 OPS = [name for name, op in pallas_kernels.ops().items()
        if op.__module__.startswith("pallas_kernels.")]
