@@ -115,25 +115,29 @@ def differentiable(statistics: Callable, cotangents: Callable) -> Callable:
     def run(hidden, head, labels, weights, rows, static):
         options = dict(static)
 
-        def add(sums, piece):
-            h, y, w = piece
+        def add(sums, index):
+            h, y, w = _slice(index, rows, *flat)
             return jax.tree.map(jnp.add, sums, slice_sums(h, head, y, w, False, **options)), None
 
-        sums, _ = lax.scan(add, start(options), _sliced(rows, hidden, labels, weights))
+        flat = _flat(rows, hidden, labels, weights)
+        sums, _ = lax.scan(add, start(options), jnp.arange(_count(rows, flat[1])))
         return results(sums, options)
 
     def run_forward(hidden, head, labels, weights, rows, static):
         options = dict(static)
 
-        def add(carry, piece):
-            h, y, w = piece
-            terms, d_hidden, d_head = slice_sums(h, head, y, w, True, **options)
-            return jax.tree.map(jnp.add, carry, (terms, d_head)), d_hidden
+        def add(carry, index):
+            h, y, w = _slice(index, rows, *flat)
+            terms, d_slice, d_head = slice_sums(h, head, y, w, True, **options)
+            sums, d_hidden = carry
+            return (jax.tree.map(jnp.add, sums, (terms, d_head)),
+                    _put(index, rows, d_slice, d_hidden)), None
 
-        carry = start(options), jnp.zeros(head.shape, jnp.float32)
-        (sums, d_head), d_hidden = lax.scan(add, carry, _sliced(rows, hidden, labels, weights))
+        flat = _flat(rows, hidden, labels, weights)
+        carry = ((start(options), jnp.zeros(head.shape, jnp.float32)), jnp.zeros_like(flat[0]))
+        ((sums, d_head), d_hidden), _ = lax.scan(add, carry, jnp.arange(_count(rows, flat[1])))
         b, t, d = hidden.shape
-        d_hidden = d_hidden.reshape(-1, d)[: b * t].reshape(b, t, d)
+        d_hidden = d_hidden[: b * t].reshape(b, t, d)
         return results(sums, options), (residual(d_hidden), residual(d_head.astype(head.dtype)))
 
     def run_backward(rows, static, residuals, cotangent):
@@ -158,16 +162,36 @@ def differentiable(statistics: Callable, cotangents: Callable) -> Callable:
     return cross_entropy
 
 
-def _sliced(rows, *arrays):
-    """[B, T, ...] as [slices, rows, ...], padded with zeros: positions of weight 0."""
-    def cut(x):
-        x = x.reshape(-1, *x.shape[2:])
-        padding = -x.shape[0] % rows
-        if padding:
-            x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, rows, *x.shape[1:])
+def _flat(rows, *arrays):
+    """[B, T, ...] as [max(B * T, rows), ...], padded with zeros: positions of weight 0."""
+    flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
+    padding = max(0, rows - flat[0].shape[0])
+    return [jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) if padding else x for x in flat]
 
-    return tuple(map(cut, arrays))
+
+def _count(rows, labels):
+    return -(-labels.shape[0] // rows)
+
+
+def _first(index, rows, positions):
+    """Where a slice starts. The last one ends with the positions and may overlap the one before
+    it: padding would copy all of hidden."""
+    return jnp.minimum(index * rows, positions - rows)
+
+
+def _slice(index, rows, hidden, labels, weights):
+    """One slice of `rows` positions; those that an earlier one has seen weigh nothing."""
+    first = _first(index, rows, labels.shape[0])
+    h, y, w = (lax.dynamic_slice_in_dim(x, first, rows) for x in (hidden, labels, weights))
+    return h, y, jnp.where(first + jnp.arange(rows) >= index * rows, w, 0.0)
+
+
+def _put(index, rows, d_slice, d_hidden):
+    """Writes a slice's gradient, but not over what an earlier slice has written."""
+    first = _first(index, rows, d_hidden.shape[0])
+    new = (first + jnp.arange(rows) >= index * rows)[:, None]
+    earlier = lax.dynamic_slice_in_dim(d_hidden, first, rows)
+    return lax.dynamic_update_slice_in_dim(d_hidden, jnp.where(new, d_slice, earlier), first, 0)
 
 
 def merge_tiles(top, first, normaliser, at_label, total):
@@ -186,11 +210,7 @@ def rows_per_slice(positions: int, longest: int, multiple: int = 1) -> int:
     """Rows of equal slices: at most `longest`, then rounded up to a multiple.
 
     A slice is at most half of the positions, lest a short sequence's logits stand all at once.
-    Where up to twice as many slices divide the positions, they do: padding copies hidden.
     """
     longest = max(1, min(longest, -(-positions // 2)))
-    fewest = -(-positions // longest)
-    for slices in range(fewest, 2 * fewest):
-        if positions % (slices * multiple) == 0:
-            return positions // slices
-    return -(-positions // (fewest * multiple)) * multiple
+    slices = -(-positions // longest)
+    return -(-positions // (slices * multiple)) * multiple

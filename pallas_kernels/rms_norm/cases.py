@@ -33,7 +33,7 @@ CASES = [
     _case("residual-bias-64-heads", 2, 5, 3, 64, residual=True, bias=True, core=True),
     _case("bias-offset-96-odd", 3, 11, 96, bias=True, offset=1.0, eps=0.1, core=True),
     # Several tiles a core, the last ones cut short or empty.
-    _case("tiles-128", 1, 1500, 128, residual=True, bias=True),
+    _case("tiles-128", 1, 1100, 128, residual=True, bias=True),
     _case("tiles-64-odd", 2, 521, 64),
     _case("three-tiles-512", 3, 401, 512, residual=True),
     _case("wide-8192", 1, 300, 8192, residual=True),
