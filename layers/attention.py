@@ -37,7 +37,7 @@ class Attention:
       head_dim: width of a query or key head; v_head_dim that of a value head (default: the same).
       rope: rotary embedding of queries and keys, or None.
       window: a token sees itself and the window - 1 tokens before it; None: all before it.
-      qk_norm: RMSNorm over each query and key head, before rope; its epsilon, or None.
+      qk_norm: RMSNorm over each query and key head, before rope, or None.
       softcap: scores become softcap * tanh(scores / softcap).
       scale: factor on the scores; default head_dim ** -0.5.
       qkv_bias, out_bias: biases on the input and output projections.
@@ -49,7 +49,7 @@ class Attention:
     v_head_dim: int | None = None
     rope: Rope | None = None
     window: int | None = None
-    qk_norm: float | None = None
+    qk_norm: Norm | None = None
     softcap: float | None = None
     scale: float | None = None
     qkv_bias: bool = False
@@ -73,7 +73,10 @@ class Attention:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"attention.{name} is {getattr(self, name)}; it must be >= 1, "
                                  "or none")
-        for name in ("softcap", "scale", "qk_norm"):
+        if self.qk_norm is not None and getattr(self.qk_norm, "kind", None) != "rms":
+            raise ValueError(f"attention.qk_norm is {self.qk_norm}; it must be a Norm of kind "
+                             "'rms', or none")
+        for name in ("softcap", "scale"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"attention.{name} is {getattr(self, name)}; it must be "
                                  "positive, or none")
@@ -234,7 +237,7 @@ class AttentionMixer(nnx.Module):
         def head_norm(axis):
             if config.qk_norm is None:
                 return None
-            return Normalize(Norm("rms", config.qk_norm), k, axis="head_dim",
+            return Normalize(config.qk_norm, k, axis="head_dim",
                              rows=("batch", "seq", axis), key=key, dtype=dtype)
 
         self.query_norm, self.key_norm = head_norm("heads"), head_norm("kv_heads")

@@ -1,6 +1,7 @@
 """RMSNorm and LayerNorm, computed in float32, perhaps with the residual add before it."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,30 +16,39 @@ from pallas_kernels.rms_norm import dims, rms_norm
 class Norm:
     """Which normalisation: kind "rms" (arXiv:1910.07467) or "layer" (arXiv:1607.06450).
 
-    `bias` adds a learned offset; eps is added to the mean square or variance.
+    `bias` adds a learned vector; eps is added to the mean square or variance. An RMSNorm may have
+    an `offset` that is added to its learned scale: 1 where the scale is stored as its distance
+    from one, as in Gemma.
     """
 
     kind: str = "rms"
     eps: float = 1e-6
     bias: bool = False
+    offset: float = 0.0
 
     def __post_init__(self):
         if self.kind not in ("rms", "layer"):
             raise ValueError(f"norm.kind is {self.kind!r}; it must be 'rms' or 'layer'")
         if not self.eps > 0:
             raise ValueError(f"norm.eps is {self.eps}; it must be positive, e.g. 1e-6")
+        if not math.isfinite(self.offset):
+            raise ValueError(f"norm.offset is {self.offset}; it must be finite, e.g. 0 or 1")
+        if self.offset and self.kind != "rms":
+            raise ValueError(f"norm.offset is {self.offset}; a norm of kind {self.kind!r} has "
+                             "none: make it 0, or the kind 'rms'")
 
 
 class Normalize(nnx.Module):
-    """Normalises the last dimension and scales it by a learned vector, initially one."""
+    """Normalises the last dimension and scales it by a learned vector, initially one
+    (the parameter and the config's offset together)."""
 
     def __init__(self, config: Norm, width: int, *, axis: str | None = "embed",
                  rows: tuple[str | None, ...] = ("batch", "seq"), key: jax.Array,
                  dtype=jnp.float32):
         """`axis` is the logical axis of the vector, `rows` are those of the other dimensions."""
         self.config, self.rows = config, rows
-        ones = sharding.param(jax.nn.initializers.ones, axis)
-        self.scale = nnx.Param(ones(key, (width,), dtype), axes=ones.axes)
+        scale = sharding.param(jax.nn.initializers.constant(1.0 - config.offset), axis)
+        self.scale = nnx.Param(scale(key, (width,), dtype), axes=scale.axes)
         zeros = sharding.param(jax.nn.initializers.zeros, axis)
         self.bias = (
             nnx.Param(zeros(key, (width,), dtype), axes=zeros.axes) if config.bias else None)
@@ -49,9 +59,12 @@ class Normalize(nnx.Module):
 
         With a residual, (the normalised sum of both, the sum).
         """
-        op = layer_norm if self.config.kind == "layer" else rms_norm
+        options = {"eps": self.config.eps, "dims": dims(*self.rows)}
+        if self.config.kind == "rms":
+            op, options["offset"] = rms_norm, self.config.offset
+        else:
+            op = layer_norm
         # In float32 shards add up their gradients in float32.
         scale, bias = (None if p is None else p[...].astype(jnp.float32)
                        for p in (self.scale, self.bias))
-        return sharding.local(op, x, scale, residual, bias, eps=self.config.eps,
-                              dims=dims(*self.rows))
+        return sharding.local(op, x, scale, residual, bias, **options)

@@ -1,4 +1,5 @@
-"""Rotary position embedding (arXiv:2104.09864), with the Llama 3 and YaRN frequency scalings."""
+"""Rotary position embedding (arXiv:2104.09864), with linear, Llama 3 and YaRN frequency
+scaling."""
 
 import dataclasses
 import math
@@ -6,6 +7,25 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Position interpolation (arXiv:2306.15595): every frequency is divided by `factor`."""
+
+    factor: float = 8.0
+
+    def __post_init__(self):
+        if not self.factor >= 1:
+            raise ValueError(f"{self}: needs factor >= 1")
+
+    def frequencies(self, frequencies: np.ndarray, theta: float, size: int) -> np.ndarray:
+        return frequencies / self.factor
+
+    @property
+    def amplitude(self) -> float:
+        """Factor on the rotated vectors."""
+        return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +89,7 @@ class Rope:
     """Rotation of pairs (i, i + size/2) by ``position * theta ** (-2 i / size)``."""
 
     theta: float = 10_000.0
-    scaling: Llama3Scaling | YarnScaling | None = None
+    scaling: LinearScaling | Llama3Scaling | YarnScaling | None = None
 
     def __post_init__(self):
         if not self.theta > 1:

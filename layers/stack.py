@@ -8,7 +8,7 @@ have the same initial values, and on disk there is one layout, the stacked one: 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -85,8 +85,14 @@ class Stack(nnx.Module):
         first = self.groups * self.period
         return done + [(first + i, i, block) for i, block in enumerate(self.tail)]
 
-    def __call__(self, x, segment_ids, positions, key=None, context=None) -> jax.Array:
-        """Training form: [B, T, D] -> [B, T, D]; `key` turns dropout on."""
+    def __call__(self, x, segment_ids, positions, key=None, context=None
+                 ) -> tuple[jax.Array, dict[str, Any]]:
+        """Training form: [B, T, D] -> ([B, T, D], auxiliary losses and statistics).
+
+        `key` turns dropout on. The second result is that of the blocks, added up: its pairs (sum,
+        weight) then stand for means over all layers.
+        """
+        total: dict[str, Any] = {}
 
         def run(block, x, index):
             return block(x, segment_ids, positions, fold(key, index), context)
@@ -97,11 +103,14 @@ class Stack(nnx.Module):
             @functools.partial(self._checkpointed, scanned=True)
             def body(x, item):
                 group, values = item
+                found: dict[str, Any] = {}
                 for i, block in enumerate(nnx.merge(definition, values)):
-                    x = run(block, x, group * self.period + i)
-                return x, None
+                    x, aux = run(block, x, group * self.period + i)
+                    found = _add(found, aux)
+                return x, found
 
-            x, _ = jax.lax.scan(body, x, (jnp.arange(self.groups), values))
+            x, found = jax.lax.scan(body, x, (jnp.arange(self.groups), values))
+            total = jax.tree.map(lambda x: jnp.sum(x, axis=0), found)
         for index, _, block in self._list():
             definition, values = nnx.split(block)
 
@@ -109,8 +118,27 @@ class Stack(nnx.Module):
             def one(values, x, definition=definition, index=index):
                 return run(nnx.merge(definition, values), x, index)
 
-            x = one(values, x)
-        return x
+            x, aux = one(values, x)
+            total = _add(total, aux)
+        return x, total
+
+    def trace(self, x, segment_ids, positions) -> list[jax.Array]:
+        """The training form's stream [B, T, D] after each block, without dropout."""
+        found = []
+        for block in self._all():
+            x, _ = block(x, segment_ids, positions)
+            found.append(x)
+        return found
+
+    def _all(self) -> Iterator[nnx.Module]:
+        """All blocks in order, in either form."""
+        if self.stacked and self.groups:
+            definition, values = nnx.split(self.blocks)
+            for group in range(self.groups):
+                yield from nnx.merge(
+                    definition, jax.tree.map(lambda x, group=group: x[group], values))
+        for _, _, block in self._list():
+            yield block
 
     def _pattern(self) -> list[nnx.Module]:
         """A block of each position in the pattern, for calls that use no parameters."""
@@ -193,6 +221,14 @@ class Stack(nnx.Module):
                 for block, one, added in zip(self.tail, state["tail"], scratch["tail"],
                                              strict=True)]
         return {"blocks": blocks, "tail": tail}
+
+
+def _add(one: Any, other: Any) -> Any:
+    """The sum of two nested dicts; what only one of them has stays as it is."""
+    if not isinstance(one, dict):
+        return jax.tree.map(jnp.add, one, other)
+    shared = {name: _add(one[name], other[name]) for name in one if name in other}
+    return {**one, **other, **shared}
 
 
 def _numbered(node: dict) -> list:

@@ -2,9 +2,10 @@
 
   python -m recipes.bench --suite=lm --peer=transformers
   python -m recipes.bench --suite=kernels --op=attention --case=8x2048 --compare=plain,torch
+  python -m recipes.bench --suite=convert --model=llama3.2-1b --dtype=bfloat16
 
 Suites:
-  lm: training and greedy decoding of a Llama-shaped model (--model), in tokens per second. The
+  lm: training and greedy decoding of a model (--model), in tokens per second. The
     peer gets the same weights; logits must agree to 1e-4 before anything is timed. Each side runs
     alone in a process of its own while the other sleeps, in turns, --rounds times; medians and
     their ratio are printed. The peer is timed in each of its modes and counts by its best one.
@@ -12,6 +13,8 @@ Suites:
     backward pass, by each implementation that can run it and by --compare, with the share of the
     roofline that the device's measured matrix and copy speed allow. --tune times every tile size
     too and writes the table by which implementations are chosen.
+  convert: random weights of --model in --dtype, converted from Hugging Face's form to ours and
+    back, loaded onto eight devices of this machine's CPU, and loaded in turns with the peer.
 """
 
 import json
@@ -22,10 +25,10 @@ import jax
 from absl import flags
 
 from recipes import command
-from recipes.benchmarks import kernel_peers, kernels, lm
+from recipes.benchmarks import convert, kernel_peers, kernels, lm
 
 with command.group("What"):
-    SUITE = flags.DEFINE_enum("suite", "lm", ["kernels", "lm"], "Which suite.")
+    SUITE = flags.DEFINE_enum("suite", "lm", ["convert", "kernels", "lm"], "Which suite.")
 with command.group("How"):
     ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds, sides in turn; medians count.")
     OUT = flags.DEFINE_string("out", None, "A file for the results as JSON.")
@@ -33,14 +36,15 @@ with command.group("Suite kernels"):
     OP = flags.DEFINE_string("op", "", "Only ops whose name this regular expression finds.")
     CASE = flags.DEFINE_string("case", "", "Only cases whose name this regular expression finds.")
     DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
-                              "Default: bfloat16, on a CPU float32.")
+                              "Of kernels and weights; default bfloat16, of kernels on a CPU "
+                              "float32.")
     COMPARE = flags.DEFINE_list("compare", ["plain"], "Peers beside the op's own implementations: "
                                 f"{', '.join(kernel_peers.PEERS)}.")
     TUNE = flags.DEFINE_bool("tune", False, "Time every tile size and write the tuned table.")
-with command.group("Suite lm"):
+with command.group("Suites lm and convert"):
     PEER = flags.DEFINE_enum("peer", "transformers", ["transformers", "none"],
                              "Against whom; none measures this project alone.")
-    MODEL = flags.DEFINE_string("model", "llama-60m", "A preset that is a Llama.")
+    MODEL = flags.DEFINE_string("model", "llama-60m", "A preset that transformers has, too.")
     SET = flags.DEFINE_multi_string("set", [], "Config overrides, as in num_layers=4.")
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Rows of a training step.")
     SEQ_LEN = flags.DEFINE_integer("seq_len", 256, "Tokens of a row.")
@@ -57,6 +61,11 @@ def main() -> None:
             peer=None if PEER.value == "none" else PEER.value, rounds=ROUNDS.value,
             batch_size=BATCH_SIZE.value, seq_len=SEQ_LEN.value, train_steps=TRAIN_STEPS.value,
             decode_batches=[int(n) for n in DECODE_BATCHES.value], new_tokens=NEW_TOKENS.value)
+    elif SUITE.value == "convert":
+        result = convert.run(
+            model=MODEL.value, overrides=command.settings(SET.value),
+            peer=None if PEER.value == "none" else PEER.value, rounds=ROUNDS.value,
+            dtype=DTYPE.value)
     else:
         result = kernels.run(op=OP.value, case=CASE.value, dtype=DTYPE.value,
                              compare=COMPARE.value, rounds=ROUNDS.value, tune=TUNE.value)

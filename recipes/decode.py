@@ -1,29 +1,37 @@
-"""Continues prompts with a trained model.
+"""Continues prompts with a trained model, or answers them.
 
   python -m recipes.decode --checkpoint=runs/a --prompt='def '
   python -m recipes.decode --checkpoint=runs/a --prompt='import ' --temperature=0.8 --seed=1
+  python -m recipes.decode --checkpoint=Qwen3-0.6B --chat --prompt='What is a monad?'
 
---checkpoint is a training run's workdir. Several --prompt flags are decoded as one batch. Text
-appears as it is generated; --json prints one object a prompt instead.
+--checkpoint is a training run's workdir, or a directory with a model: one of recipes.convert, or
+one of Hugging Face's as it is (config.json, *.safetensors, tokenizer.json). Several --prompt flags
+are decoded as one batch. Text appears as it is generated; --json prints one object a prompt
+instead.
 """
 
 import codecs
 import json
 import sys
 import time
+from pathlib import Path
 
 import jax
 from absl import flags
 
 import sharding
 import zoo
-from recipes import command
-from recipes.training import load_model
+from recipes import chat, command
+from recipes.tokenizer import Tokenizer
+from recipes.training import load_model, model_files
+from zoo.convert.directory import read_json
 from zoo.decode import stop
 
 with command.group("Model"):
-    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training run's workdir.")
-    STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default the newest whole one.")
+    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A training run's workdir, or a "
+                                     "model's directory, also one of Hugging Face's.")
+    STEP = flags.DEFINE_integer("step", None, "Which checkpoint of a run; default the newest "
+                                "whole one.")
     DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
                               "To cast the parameters to; default as they were trained.")
     MESH = flags.DEFINE_string("mesh", "", "Mesh of devices, as in data:2,tensor:4; default one "
@@ -32,6 +40,8 @@ with command.group("Model"):
 with command.group("Text"):
     PROMPT = flags.DEFINE_multi_string("prompt", None, "Text to continue; repeat it for a batch.")
     PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "A file whose text is a prompt, too.")
+    CHAT = flags.DEFINE_bool("chat", False, "Each prompt is what a user says, in the model's own "
+                             "chat template, and the model answers.")
     MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to add at most.")
     STOP = flags.DEFINE_multi_string(
         "stop", [], "Text that ends the output, and is left out of it; repeat it for several.")
@@ -70,6 +80,16 @@ class _Printer:
             self.shown = max(end, self.shown)
 
 
+def _stop_tokens(files: Path, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """The tokenizer's end, and those that the model's settings of generation name."""
+    found = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    path = files / "generation_config.json"
+    if path.is_file():
+        named = read_json(path).get("eos_token_id")
+        found += named if isinstance(named, list) else [named]
+    return sorted({i for i in found if type(i) is int and 0 <= i < vocab_size})
+
+
 def main() -> None:
     """Decodes what the flags say."""
     mesh = sharding.mesh(MESH.value or "data:1", None if MESH.value else jax.local_devices()[:1])
@@ -91,8 +111,18 @@ def _decode(mesh: jax.sharding.Mesh, rules: sharding.Rules) -> None:
                              f"{error.start}; give a text file") from None
     if not texts:
         raise ValueError("there is nothing to continue; give --prompt=TEXT or --prompt_file=FILE")
-    model, tokenizer, _ = load_model(CHECKPOINT.value, mesh, rules, DTYPE.value, STEP.value)
-    prompts = [tokenizer.encode(text) for text in texts]
+    files = model_files(CHECKPOINT.value)
+    # Before the weights are read: a model without one is not worth the wait.
+    template = chat.template(files) if CHAT.value else None
+    model, tokenizer, run = load_model(CHECKPOINT.value, mesh, rules, DTYPE.value, STEP.value)
+    if template is not None:
+        prompts = [tokenizer.encode(chat.render(
+            template, [{"role": "user", "content": text}], tokenizer.special_tokens), special=True)
+            for text in texts]
+    else:
+        # A run's documents are packed as they are; others' models know texts by how they begin.
+        prompts = [tokenizer.encode(text) if run else tokenizer.encode_prompt(text)
+                   for text in texts]
     for text, ids in zip(texts, prompts, strict=True):
         if not ids and tokenizer.bos_id is None:
             raise ValueError(f"prompt {text!r} holds no token; write at least one character")
@@ -104,7 +134,7 @@ def _decode(mesh: jax.sharding.Mesh, rules: sharding.Rules) -> None:
         "temperature": TEMPERATURE.value, "top_k": TOP_K.value, "top_p": TOP_P.value,
         "min_p": MIN_P.value, "repetition_penalty": PENALTY.value,
         "seed": [SEED.value + i for i in range(len(prompts))],
-        "stop_tokens": [] if tokenizer.eos_id is None else [tokenizer.eos_id],
+        "stop_tokens": _stop_tokens(files, tokenizer, model.config.vocab_size),
         "stop_strings": STOP.value, "token_bytes": pieces,
     }
     started = time.perf_counter()

@@ -53,10 +53,11 @@ class Schedule:
 
 
 def train(program: training.Program, task: Task, batch_size: int, schedule: Schedule,
-          folder: Path) -> training.State:
+          folder: Path, source: training.Source | None = None) -> training.State:
     """Trains to the last step, or goes on from where the run in `folder` stands.
 
-    SIGTERM, to whichever process, makes all of them save after the same step and return.
+    A new run starts from the weights of `source`, or else from fresh ones. SIGTERM, to whichever
+    process, makes all of them save after the same step and return.
 
     Returns:
       The last state.
@@ -69,7 +70,7 @@ def train(program: training.Program, task: Task, batch_size: int, schedule: Sche
     with contextlib.ExitStack() as exits:
         exits.enter_context(sharding.use(program.mesh, program.rules))
         exits.enter_context(_clear_failures())
-        return _Run(program, task, batch_size, schedule, folder, exits).run()
+        return _Run(program, task, batch_size, schedule, folder, source, exits).run()
 
 
 @contextlib.contextmanager
@@ -98,11 +99,13 @@ class _Run:
     """A run in progress: all that the loop keeps, besides the model's state."""
 
     def __init__(self, program: training.Program, task: Task, batch_size: int,
-                 schedule: Schedule, folder: Path, exits: contextlib.ExitStack):
+                 schedule: Schedule, folder: Path, source: training.Source | None,
+                 exits: contextlib.ExitStack):
         program.check_batch(batch_size)
         self.program, self.task, self.batch_size = program, task, batch_size
-        self.schedule, self.folder = schedule, folder
-        self.record = training.describe_run(program, task, batch_size)
+        self.schedule, self.folder, self.source = schedule, folder, source
+        self.record = training.describe_run(program, task, batch_size,
+                                            source and source.fingerprint)
         self.is_first_process = jax.process_index() == 0
         self.line = progress.Line(schedule.steps, silent=not self.is_first_process)
         self.clock = progress.Clock(task.tokens_per_step, task.flops_per_step,
@@ -142,9 +145,16 @@ class _Run:
         self.checkpointer.prepare()
         first, evaluated = self.checkpointer.latest(), True
         if first is None:
-            first, state = 0, self.program.init()
+            given = self.source and self.source.load(self.program)
+            first, state = 0, self.program.init(given)
+            training.save_base(self.folder, self.program, state, self.record)
+            if self.source:
+                trained, base = (sum(x.size for x in jax.tree.leaves(state[name]))
+                                 for name in ("params", "base"))
+                self.line.say(f"starting from the weights in {self.source.directory}; "
+                              f"{trained:,} of {trained + base:,} numbers are trained")
         else:
-            state, meta, _ = training.restore(self.checkpointer, self.program, first)
+            state, meta = training.restore(self.checkpointer, self.folder, self.program, first)
             workdir.check_same(self.folder, {name: meta.get(name) for name in self.record},
                                self.record)
             workdir.check_steps(self.folder, meta, self.record, first)
@@ -241,13 +251,14 @@ class _Run:
 
     def _measure(self, state: training.State, done: int, final: bool) -> dict[str, float] | None:
         """The held-out metrics, logged, or None where a process was asked to stop."""
-        params = state.get("ema", state["params"])
+        params, base = state.get("ema", state["params"]), state["base"]
 
         def measure(batch: Batch):
             placed = feed.place(lambda rows: {name: x[rows] for name, x in batch.items()},
                                 self.batch_size, self.program.batch_sharding)
             signals = feed.signals(self.program.mesh, done, self.stop_requested)
-            total, weight, stats, stop = jax.device_get(self._loss(params, placed, signals))
+            total, weight, stats, stop = jax.device_get(
+                self._loss(params, base, placed, signals))
             if stop:
                 raise _Stopped
             return float(total), float(weight), {name: float(x) for name, x in stats.items()}
@@ -319,17 +330,20 @@ class _Run:
     def _find_nonfinite(self, state: training.State, step: int) -> str:
         program = self.program
         model = program.model(abstract=False)
-        definition, initial = zoo.protocol.split(model)
+        definition, fresh = zoo.protocol.split(model)
         differentiate = training.make_gradients(program, definition)
 
-        def compute(params, batch):
-            return differentiate(params, batch, training.step_key(program, step))
+        def compute(params, base, batch):
+            return differentiate(params, batch, training.step_key(program, step), base)
 
         batch = self._place(step)
-        found = nonfinite.find(compute, {"params": state["params"], "batch": batch},
-                               {"params": initial, "batch": batch}, program.replicated)
+        initial, base = program.begin(fresh)
+        inputs = {"params": state["params"], "base": state["base"], "batch": batch}
+        found = nonfinite.find(compute, inputs,
+                               {"params": initial, "base": base, "batch": batch},
+                               program.replicated)
         if found is None:  # Then it is in what the optimizer makes of the gradients.
-            gradients = jax.jit(compute)(state["params"], batch)[3]
+            gradients = jax.jit(compute)(**inputs)[3]
             update = training.make_update(program, zoo.protocol.axes(model))
             inputs = {"gradients": gradients, "state": state}
             found = nonfinite.find(update, inputs, jax.tree.map(jnp.zeros_like, inputs),

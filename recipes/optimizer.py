@@ -117,11 +117,12 @@ def sides(axes: tuple[str | None, ...]) -> list[tuple[int, ...]]:
     """A parameter's dimensions, inputs before outputs, as those of a matrix would be.
 
     A head's number and its width are one side: ("layers", "embed", "heads", "head_dim") gives
-    [(1,), (2, 3)]. A bias or a scale has one side.
+    [(1,), (2, 3)]. A bias or a scale has one side. Layers, and the experts that come first in a
+    kernel, are a batch of matrices.
     """
     found: list[tuple[int, ...]] = []
     for i, axis in enumerate(axes):
-        if axis == "layers":
+        if axis == "layers" or (axis == "experts" and not found):
             continue
         if axis == "head_dim" and found and axes[i - 1] in _HEADS:
             found[-1] = (*found[-1], i)
@@ -143,7 +144,7 @@ def decays(axes: tuple[str | None, ...]) -> bool:
 def muon_dimensions(axes: tuple[str | None, ...]) -> contrib.MuonDimensionNumbers | None:
     """Which dimensions Muon takes for the matrix's inputs and outputs; None: not for Muon.
 
-    For matrices of the blocks, whose stacked layers are a batch; not for tables and the head.
+    For matrices of the blocks, whose layers and experts are a batch; not for tables and the head.
     """
     found = sides(axes)
     if len(found) != 2 or "vocab" in axes or is_table(axes):

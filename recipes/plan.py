@@ -156,7 +156,7 @@ def decode_reads(config: Any, params: Any, axes: Any, mesh, rules: sharding.Rule
     """Bytes of parameters that one device reads to decode a token of each of `batch` requests.
 
     Of a table in which rows are looked up these are the rows of its requests alone, unless the
-    table is the head as well.
+    table is the head as well. Of experts they are as many as its requests can take, each others.
     """
     rows = rules.sharding(mesh, ("batch",), (batch,)).shard_shape((batch,))[0]
 
@@ -164,6 +164,9 @@ def decode_reads(config: Any, params: Any, axes: Any, mesh, rules: sharding.Rule
         shape = list(x.sharding.shard_shape(x.shape))
         if is_table(names) and not (config.tie_embeddings and "vocab" in names):
             shape[0] = min(rows, shape[0])
+        elif "experts" in names[:-1]:  # It stands last in the router, which is read whole.
+            experts = names.index("experts")
+            shape[experts] = min(rows * config.mlp.top_k, shape[experts])
         return jnp.dtype(x.dtype).itemsize * math.prod(shape)
 
     found = jax.tree.map(read, axes, params, is_leaf=lambda node: isinstance(node, tuple))

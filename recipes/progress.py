@@ -115,3 +115,50 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Bytes:
+    """Shows how much of `total` bytes has been moved, how fast, and how long the rest takes."""
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total, self._done, self._live = what, total, 0, None
+        self._began = self._said = time.monotonic()
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            self._live = Progress(
+                TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(),
+                TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = self._live.add_task(what, total=total)
+            self._live.start()
+
+    def __enter__(self) -> "Bytes":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live is not None:
+            self._live.stop()
+        seconds = time.monotonic() - self._began
+        print(f"{self._what}: {self._done / 1e6:,.0f} MB in {_duration(seconds)}, "
+              f"{self._done / 1e6 / max(seconds, 1e-9):,.0f} MB/s", file=sys.stderr, flush=True)
+
+    def add(self, count: int) -> None:
+        """`count` more bytes are done."""
+        self._done += count
+        now = time.monotonic()
+        if self._live is not None:
+            self._live.update(self._bar, completed=self._done)
+        elif now - self._said > 5:
+            self._said = now
+            rate = self._done / (now - self._began)
+            rest = max(0, self._total - self._done) / max(rate, 1)
+            print(f"{self._what}: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB  "
+                  f"{rate / 1e6:,.0f} MB/s  ETA {_duration(rest)}", file=sys.stderr, flush=True)

@@ -7,8 +7,14 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
+
+from zoo.convert.directory import CARRIED
+
+# Files beside a tokenizer.json that name its special tokens; the later one wins.
+_NAMING = ("special_tokens_map.json", "tokenizer_config.json")
 
 
 def load(name_or_path: str = "bytes") -> "Tokenizer":
@@ -47,6 +53,7 @@ class Tokenizer:
     eos_id: int | None
     pad_id: int | None
     fingerprint: str
+    special_tokens: Mapping[str, str] = MappingProxyType({})
 
     def save(self, folder: Path) -> None:
         """Writes the files from which `load` makes the tokenizer again, if it takes any."""
@@ -61,6 +68,10 @@ class Tokenizer:
           ValueError: the text is not valid UTF-8 (`bytes` takes any byte string).
         """
         raise NotImplementedError
+
+    def encode_prompt(self, text: str | bytes) -> list[int]:
+        """`encode` with the special tokens that the tokenizer itself puts around a text, as bos."""
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         """`encode` of each text, as unsigned integer arrays [T]; much faster for many texts."""
@@ -118,8 +129,8 @@ class HuggingFace(Tokenizer):
     """A `tokenizer.json`, read by the library `tokenizers`.
 
     bos, eos and pad are those of `tokenizer_config.json` or `special_tokens_map.json` beside it,
-    else the special token with a customary spelling, else None. The file's own truncation,
-    padding and template are not applied.
+    else the special token with a customary spelling, else None. The file's own truncation
+    and padding are not applied, its template by `encode_prompt` alone.
     """
 
     _customary = {
@@ -141,8 +152,7 @@ class HuggingFace(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(contents.decode("utf-8"))
         except Exception as error:  # The library raises plain Exception for a bad file.
             raise ValueError(f"tokenizer {str(path)!r} cannot be read: {_line(error)}") from error
-        beside = _special_token_files(path.parent)
-        self._files = {"tokenizer.json": contents, **beside}
+        self._files = {"tokenizer.json": contents, **_files_beside(path.parent)}
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.fingerprint = hashlib.sha256(contents).hexdigest()
@@ -150,7 +160,7 @@ class HuggingFace(Tokenizer):
         self._special_ids = {
             i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         }
-        named = _named_special_tokens(path.parent, beside)
+        named = _named_special_tokens(path.parent, self._files)
         self.bos_id, self.eos_id, self.pad_id = (
             self._find_special(kind, named.get(kind)) for kind in ("bos", "eos", "pad")
         )
@@ -171,6 +181,20 @@ class HuggingFace(Tokenizer):
     def encode(self, text: str | bytes, special: bool = False) -> list[int]:
         self._tokenizer.encode_special_tokens = not special
         return self._tokenizer.encode(_as_text(text), add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str | bytes) -> list[int]:
+        self._tokenizer.encode_special_tokens = True
+        ids = self._tokenizer.encode(_as_text(text), add_special_tokens=True).ids
+        # What ends a text would end the answer before it begins.
+        while ids and ids[-1] == self.eos_id:
+            ids.pop()
+        return ids
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Spellings by name, as {"bos_token": "<s>"}, for a chat template."""
+        known = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {name: self._tokenizer.id_to_token(i) for name, i in known.items() if i is not None}
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         self._tokenizer.encode_special_tokens = True
@@ -218,9 +242,9 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _special_token_files(folder: Path) -> dict[str, bytes]:
-    """The configuration files beside a tokenizer.json, those that there are."""
-    files = (folder / "special_tokens_map.json", folder / "tokenizer_config.json")
+def _files_beside(folder: Path) -> dict[str, bytes]:
+    """What a tokenizer.json comes with, those files that there are."""
+    files = [folder / name for name in CARRIED if name != "tokenizer.json"]
     try:
         return {file.name: file.read_bytes() for file in files if file.is_file()}
     except OSError as error:
@@ -230,9 +254,9 @@ def _special_token_files(folder: Path) -> dict[str, bytes]:
 def _named_special_tokens(folder: Path, files: Mapping[str, bytes]) -> dict[str, str]:
     """{"bos": "<s>", ...}: what the configuration files beside a tokenizer.json name."""
     named = {}
-    for name, contents in files.items():
+    for name in _NAMING:
         try:
-            config = json.loads(contents.decode("utf-8"))
+            config = json.loads(files.get(name, b"{}").decode("utf-8"))
             for kind in ("bos", "eos", "pad"):
                 token = config.get(f"{kind}_token")
                 token = token.get("content") if isinstance(token, dict) else token

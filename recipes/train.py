@@ -6,23 +6,30 @@ The same command with the same --workdir resumes, and gives the numbers of a run
 stopped. Known experiments are in recipes/flags:
 
   python -m recipes.train --flagfile=recipes/flags/llama_tiny_stdlib.flags --workdir=runs/demo
+
+Given weights are trained further with --init_from, all of them or, with --lora_rank, adapters:
+
+  python -m recipes.train --init_from=runs/a --lora_rank=8 --data=notes.txt --workdir=runs/b
 """
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
 
 import sharding
 import zoo
-from recipes import command, loop, optimizer, processes, training
+from recipes import command, loop, lora, optimizer, processes, training
 from recipes.tasks.lm import LanguageModel
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parazoo"
 
 with command.group("Model"):
-    _MODEL = flags.DEFINE_string("model", "llama-tiny", "A name in zoo.list().")
+    _MODEL = flags.DEFINE_string("model", None, "A name in zoo.list(); left out, llama-tiny, or "
+                                 "with --init_from the model there.")
     _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE replaces a field of the model's "
                                      "config, as num_layers=6 or attention.window=512. Repeatable.")
     _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"],
@@ -37,12 +44,28 @@ with command.group("Model"):
                                  "Layers as one scanned stack (true) or a list (false); auto: a "
                                  "list on CPU, where it is faster.")
 
+with command.group("Fine-tuning"):
+    _INIT_FROM = flags.DEFINE_string(
+        "init_from", None, "Starts from the weights and the config there: the workdir of a run, "
+        "whose averaged parameters are taken if it has any, a directory that zoo.save wrote, or "
+        "one of Hugging Face. A run that has begun goes on without it.")
+    _LORA_RANK = flags.DEFINE_integer(
+        "lora_rank", 0, "Trains low-rank adapters of this rank (LoRA) and leaves the weights as "
+        "they are; 0: trains all weights. The adapters are float32 whatever --dtype.")
+    _LORA_ALPHA = flags.DEFINE_float("lora_alpha", None, "Adapters count alpha / rank times; left "
+                                     "out, twice the rank.")
+    _LORA_TARGETS = flags.DEFINE_string(
+        "lora_targets", "query,key,value,out", "The kernels to adapt, or modules of them, with "
+        "commas between and * for anything, as query,value or mlp/*; or all-linear: every matrix "
+        "of the blocks.")
+
 with command.group("Data"):
     _DATA = flags.DEFINE_string("data", "stdlib", "stdlib (the source of Python's standard "
                                 "library), or files, directories and globs with commas between: "
                                 ".txt and other text, .jsonl, or one .bin of token ids. A single "
                                 "text is cut into documents where paragraphs or lines end.")
-    _TOKENIZER = flags.DEFINE_string("tokenizer", "bytes", "bytes, or a tokenizer.json.")
+    _TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes, or a tokenizer.json; left out, "
+                                     "bytes, or with --init_from the one there.")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of a step, over all devices.")
     _SEQ_LEN = flags.DEFINE_integer("seq_len", 256, "Tokens of a row.")
     _HELDOUT = flags.DEFINE_float("heldout", 0.05, "The part of the documents to hold out, of a "
@@ -103,7 +126,7 @@ def main() -> None:
     """Trains as the flags say."""
     if not _WORKDIR.value:
         raise ValueError("--workdir is needed, such as --workdir=runs/a: the run is kept there")
-    config = zoo.config(_MODEL.value, **command.settings(_SET.value))
+    _check_lora_flags()
     rules = sharding.rules(_RULES.value)
     updates = optimizer.Optimizer(
         name=_OPTIMIZER.value, learning_rate=_LEARNING_RATE.value,
@@ -118,8 +141,9 @@ def main() -> None:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     mesh = sharding.mesh(_MESH.value, explicit=_EXPLICIT.value)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
+    config, tokenizer, source = _choose_model()
     task = LanguageModel(
-        config, data=_DATA.value, tokenizer=_TOKENIZER.value, seq_len=_SEQ_LEN.value,
+        config, data=_DATA.value, tokenizer=tokenizer, seq_len=_SEQ_LEN.value,
         batch_size=_BATCH_SIZE.value, seed=_SEED.value, heldout=_HELDOUT.value,
         z_loss=_Z_LOSS.value, eval_batches=_EVAL_BATCHES.value,
         final_eval_batches=_FINAL_EVAL_BATCHES.value, cache_dir=_CACHE / "corpus")
@@ -129,7 +153,39 @@ def main() -> None:
         compute_dtype=_COMPUTE_DTYPE.value or ("float32" if on_cpu else "bfloat16"),
         ema=_EMA.value or None, remat=_REMAT.value,
         stacked=None if _STACKED.value == "auto" else _STACKED.value == "true")
-    loop.train(program, task, _BATCH_SIZE.value, schedule, Path(_WORKDIR.value))
+    if _LORA_RANK.value:
+        model = program.model(stacked=True)
+        program = dataclasses.replace(program, lora=lora.make(
+            _LORA_RANK.value, _LORA_ALPHA.value, _LORA_TARGETS.value.split(","),
+            zoo.protocol.split(model)[1], zoo.protocol.axes(model)))
+    loop.train(program, task, _BATCH_SIZE.value, schedule, Path(_WORKDIR.value), source)
+
+
+def _check_lora_flags() -> None:
+    if _INIT_FROM.value is None:
+        for flag in (_LORA_RANK, _LORA_ALPHA, _LORA_TARGETS):
+            if flag.present:
+                raise ValueError(f"--{flag.name} needs weights to adapt; give --init_from=DIR too")
+    elif not _LORA_RANK.value and (_LORA_ALPHA.present or _LORA_TARGETS.present):
+        raise ValueError("--lora_alpha and --lora_targets need adapters; give --lora_rank too, "
+                         "such as --lora_rank=8")
+
+
+def _choose_model() -> tuple[Any, str, training.Source | None]:
+    """The model's config, its tokenizer, and the weights to start from, if any are given."""
+    settings = command.settings(_SET.value)
+    if _INIT_FROM.value is None:
+        config = zoo.config(_MODEL.value or "llama-tiny", **settings)
+        return config, _TOKENIZER.value or "bytes", None
+    source = training.find_source(_INIT_FROM.value, Path(_WORKDIR.value))
+    config = source.override(settings)
+    if _MODEL.value is not None and zoo.config(_MODEL.value, **settings) != config:
+        raise ValueError(f"--model={_MODEL.value} is another model than the one in "
+                         f"{_INIT_FROM.value}; leave --model out")
+    tokenizer = _TOKENIZER.value or source.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{_INIT_FROM.value} holds no tokenizer.json; give --tokenizer=FILE")
+    return config, tokenizer, source
 
 
 def _profiled(text: str | None) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,16 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import sharding
 import zoo
+from recipes import workdir
+from recipes.lora import Lora
 from recipes.optimizer import Optimizer
 from recipes.tasks import lm
-from recipes.tokenizer import Tokenizer
+from recipes.tokenizer import Bytes, Tokenizer
 from recipes.tokenizer import load as load_tokenizer
 from zoo import checkpoint
+from zoo.convert import directory as directories
 
 # (model, batch, key, train) -> (sum, weight, statistics), as a task's `loss`.
 Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
@@ -28,6 +33,8 @@ State = dict[str, Any]
 UPDATE = "the update of "  # What `finite_names` says before a parameter's path.
 # Of the state's layout on disk and of what `describe_run` gives.
 FORMAT_VERSION = 1
+BASE = "base"  # The directory in a workdir that holds what adapters stand on.
+_BASE_RECORD = ("model", "init_from")  # What of a run's record must be the base's too.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,10 @@ class Program:
       ema: decay of the parameters' moving average, or None for none.
       remat: what the backward pass keeps; see `zoo.build`.
       stacked: the form of the layers in memory; None: what suits the mesh's devices.
+      lora: adapters to train in place of the parameters, or None.
+
+    What is trained, a state's "params", are the model's parameters or adapters; these stand on
+    parameters that no step changes, a state's "base", which is {} otherwise.
     """
 
     config: Any
@@ -60,6 +71,7 @@ class Program:
     ema: float | None = None
     remat: str = "none"
     stacked: bool | None = None
+    lora: Lora | None = None
 
     def __post_init__(self):
         if self.accumulate < 1:
@@ -104,25 +116,61 @@ class Program:
         model = self.model(stacked=stacked)
         _, params = zoo.protocol.split(model)
         axes = zoo.protocol.axes(model)
-        shapes = jax.eval_shape(functools.partial(self._state, axes), params)
-        return _place(shapes, params, self.replicated)
+        trained, base = params, {}
+        if self.lora is not None:
+            trained, base = self.lora.abstract(params, axes, self.mesh, self.rules), params
+        shapes = jax.eval_shape(functools.partial(self._state, self.trained_axes(axes)), trained)
+        return {**_place(shapes, trained, self.replicated), "base": base}
 
-    def _state(self, axes, params) -> State:
-        full = zoo.protocol.cast(params, jnp.float32)
-        state = {"params": params, "optimizer": self.optimizer.build(axes).init(full),
+    def trained_axes(self, axes: Any) -> Any:
+        """Logical axes of what is trained, of the model's `axes` (see `zoo.protocol.axes`)."""
+        return axes if self.lora is None else self.lora.axes(axes)
+
+    def weights(self, params: Any, base: Any) -> Any:
+        """The model's parameters, to compute with, of a state's "params" (or "ema") and "base"."""
+        if self.lora is None:
+            return zoo.protocol.cast(params, self.compute_dtype)
+        return self.lora.adapt(base, params, self.compute_dtype)
+
+    def begin(self, params: Any) -> tuple[Any, Any]:
+        """What is trained, to begin with, and the base, of a model with `params`."""
+        if self.lora is None:
+            return params, {}
+        model = self.model(stacked=True)
+        shapes, axes = zoo.protocol.split(model)[1], zoo.protocol.axes(model)
+
+        def make():
+            adapters = self.lora.init(self.seed, shapes, axes)
+            return adapters if self.stacked else zoo.protocol.to_list(adapters)
+
+        return jax.jit(make, out_shardings=_layout(self.abstract_state()["params"]))(), params
+
+    def _state(self, axes, trained) -> State:
+        full = zoo.protocol.cast(trained, jnp.float32)
+        state = {"params": trained, "optimizer": self.optimizer.build(axes).init(full),
                  "step": jnp.zeros((), jnp.int32)}
         if self.ema is not None:
             state["ema"] = jax.tree.map(jnp.copy, full)
         return state
 
-    def init(self) -> State:
-        """The state before the first step, each shard made where it lives."""
-        model = self.model(abstract=False)
-        _, params = zoo.protocol.split(model)
-        layout = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+    def init(self, params: Any = None) -> State:
+        """The state before the first step, each shard made where it lives.
+
+        `params`, which are given away, are the model's parameters to begin with; None: fresh ones.
+        """
+        if params is None:
+            _, params = zoo.protocol.split(self.model(abstract=False))
+        layout = _layout(_divide(self.abstract_state())[0])
         with sharding.use(self.mesh, self.rules):
-            make = functools.partial(self._state, zoo.protocol.axes(model))
-            return jax.jit(make, out_shardings=layout, donate_argnums=0)(params)
+            trained, base = self.begin(params)
+            axes = self.trained_axes(zoo.protocol.axes(self.model()))
+            make = functools.partial(self._state, axes)
+            state = jax.jit(make, out_shardings=layout, donate_argnums=0)(trained)
+        return {**state, "base": base}
+
+
+def _layout(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def _place(shapes: Any, params: Any, replicated: NamedSharding) -> Any:
@@ -142,10 +190,15 @@ def _place(shapes: Any, params: Any, replicated: NamedSharding) -> Any:
 
 def finite_names(program: Program) -> list[str]:
     """What the flags in the metrics' "finite" stand for: loss, gradients, what an update makes."""
-    state = program.abstract_state()
+    state, _ = _divide(program.abstract_state())
     gradients = _by_parameter({"params": state["params"]})
     return ["the loss", *(f"the gradient of {path}" for path in gradients),
             *(UPDATE + path for path in _by_parameter(state))]
+
+
+def _divide(state: State) -> tuple[State, Any]:
+    """What a step changes of a state, and the base."""
+    return {name: part for name, part in state.items() if name != "base"}, state["base"]
 
 
 def _by_parameter(state: State) -> dict[str, list[Any]]:
@@ -188,9 +241,10 @@ def make_step(program: Program) -> Callable:
     update = make_update(program, zoo.protocol.axes(model))
 
     def step(state, batch, signals):
+        state, base = _divide(state)
         index, stop = jnp.max(signals[:, 0]), jnp.max(signals[:, 1])
         loss, weight, stats, gradients = differentiate(
-            state["params"], batch, step_key(program, index))
+            state["params"], batch, step_key(program, index), base)
         # A sum of squares is finite where the gradient is, unless it is too large to be clipped.
         squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
         new = update(gradients, state)
@@ -204,10 +258,12 @@ def make_step(program: Program) -> Callable:
         if program.optimizer.is_elementwise:
             # Computed twice: to be looked at, and then into the place of the old state. Computed
             # once it would have to be kept in between, and the step took 7% longer.
-            return jax.lax.cond(good, update, lambda _, old: old, gradients, state), metrics
-        return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state), metrics
+            new = jax.lax.cond(good, update, lambda _, old: old, gradients, state)
+        else:
+            new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+        return {**new, "base": base}, metrics
 
-    layout = jax.tree.map(lambda x: x.sharding, program.abstract_state())
+    layout = _layout(program.abstract_state())
     return jax.jit(
         step, donate_argnums=0,
         in_shardings=(layout, program.batch_sharding, signal_sharding(program.mesh)),
@@ -215,11 +271,11 @@ def make_step(program: Program) -> Callable:
 
 
 def make_update(program: Program, axes: Any) -> Callable:
-    """``(gradients, state) -> state``: the optimizer's part of a step.
+    """``(gradients, state) -> state``, without the base: the optimizer's part of a step.
 
-    `axes` are the parameters' logical axes, as of `zoo.protocol.axes`.
+    `axes` are the model's logical axes, as of `zoo.protocol.axes`.
     """
-    optimizer = program.optimizer.build(axes)
+    optimizer = program.optimizer.build(program.trained_axes(axes))
 
     def update(gradients, state):
         params = zoo.protocol.cast(state["params"], jnp.float32)
@@ -247,35 +303,37 @@ def step_key(program: Program, step: int | jax.Array) -> jax.Array:
 
 
 def make_gradients(program: Program, definition) -> Callable:
-    """``(params, batch, key) -> (loss, weight, statistics, gradients)``, means over the batch.
+    """``(params, batch, key, base) -> (loss, weight, statistics, gradients)``, batch means.
 
-    Microbatches add sums of losses, of weights and of gradients, which are divided once: padding
-    may lie in them as unequally as it likes.
+    `params` and `base` are those of a state; the gradients are of `params`. Microbatches add sums
+    of losses, of weights and of gradients, which are divided once: padding may lie in them as
+    unequally as it likes.
     """
-    compute = jnp.dtype(program.compute_dtype)
+    # Of adapters it is the kernels made with them that are cast.
+    kept = jnp.dtype(program.compute_dtype if program.lora is None else jnp.float32)
 
-    def sums(params, batch, key):
+    def sums(params, base, batch, key):
         def total(params):
-            model = zoo.protocol.merge(definition, params)
+            model = zoo.protocol.merge(definition, program.weights(params, base))
             loss, weight, stats = program.loss(model, batch, key, True)
             return loss, (weight, stats)
 
         (loss, (weight, stats)), gradients = jax.value_and_grad(total, has_aux=True)(params)
         return loss, weight, stats, zoo.protocol.cast(gradients, jnp.float32)
 
-    def differentiate(params, batch, key):
-        params = zoo.protocol.cast(params, compute)
+    def differentiate(params, batch, key, base=None):
+        params = zoo.protocol.cast(params, kept)
         if program.accumulate == 1:
-            loss, weight, stats, gradients = sums(params, batch, jax.random.fold_in(key, 0))
+            loss, weight, stats, gradients = sums(params, base, batch, jax.random.fold_in(key, 0))
         else:
             def add(carry, item):
                 index, part = item
-                more = sums(params, part, jax.random.fold_in(key, index))
+                more = sums(params, base, part, jax.random.fold_in(key, index))
                 return jax.tree.map(jnp.add, carry, more), None
 
             pieces = jax.tree.map(functools.partial(_split, program), batch)
             first = jax.tree.map(lambda x: x[0], pieces)
-            shapes = jax.eval_shape(sums, params, first, key)
+            shapes = jax.eval_shape(sums, params, base, first, key)
             zeros = (*jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:3]),
                      jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params))
             (loss, weight, stats, gradients), _ = jax.lax.scan(
@@ -304,21 +362,22 @@ def signal_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def make_evaluation(program: Program) -> Callable:
-    """The jitted ``evaluate(params, batch, signals) -> (sum, weight, statistics, stop)``.
+    """The jitted ``evaluate(params, base, batch, signals) -> (sum, weight, statistics, stop)``.
 
-    It is without dropout; `signals` and `stop` are those of `make_step`.
+    It is without dropout. `params` is a state's, or its "ema", and `base` is its "base"; `signals`
+    and `stop` are those of `make_step`.
     """
     definition, _ = zoo.protocol.split(program.model())
-    compute = jnp.dtype(program.compute_dtype)
 
-    def evaluate(params, batch, signals):
-        model = zoo.protocol.merge(definition, zoo.protocol.cast(params, compute))
+    def evaluate(params, base, batch, signals):
+        model = zoo.protocol.merge(definition, program.weights(params, base))
         return *program.loss(model, batch, None, False), jnp.max(signals[:, 1])
 
-    layout = jax.tree.map(lambda x: x.sharding, program.abstract_state()["params"])
+    layout = _layout(program.abstract_state())
     return jax.jit(
         evaluate,
-        in_shardings=(layout, program.batch_sharding, signal_sharding(program.mesh)),
+        in_shardings=(layout["params"], layout["base"], program.batch_sharding,
+                      signal_sharding(program.mesh)),
         out_shardings=program.replicated)
 
 
@@ -356,7 +415,8 @@ def abstract_step(
 
 def save(checkpointer: checkpoint.Checkpointer, program: Program, state: State, step: int,
          meta: Mapping[str, Any], wait: bool = False) -> None:
-    """Saves the state, in the one layout there is on disk: stacked."""
+    """Saves the state but for its base, in the one layout there is on disk: stacked."""
+    state, _ = _divide(state)
     if not program.stacked:
         state = _stack(program)(state)
     checkpointer.save(step, state, {**meta, "step": step}, wait=wait)
@@ -364,82 +424,299 @@ def save(checkpointer: checkpoint.Checkpointer, program: Program, state: State, 
 
 @functools.lru_cache(maxsize=1)
 def _stack(program: Program) -> Callable[[State], State]:
-    layout = jax.tree.map(lambda x: x.sharding, program.abstract_state(stacked=True))
-    return jax.jit(zoo.protocol.to_stacked, out_shardings=layout)
+    state, _ = _divide(program.abstract_state(stacked=True))
+    return jax.jit(zoo.protocol.to_stacked, out_shardings=_layout(state))
 
 
-def restore(checkpointer: checkpoint.Checkpointer, program: Program, step: int | None = None
-            ) -> tuple[State, dict, int]:
-    """(state, meta, step) of a saved step, by default the newest whole one; see `Checkpointer`."""
-    state, meta, step = checkpointer.restore(program.abstract_state(stacked=True), step)
+def restore(checkpointer: checkpoint.Checkpointer, folder: Path, program: Program, step: int
+            ) -> tuple[State, dict]:
+    """(state, meta) of a saved step, with the base, if any, that the workdir `folder` holds."""
+    state, base = _divide(program.abstract_state(stacked=True))
+    state, meta, _ = checkpointer.restore(state, step)
+    if program.lora is not None:
+        base = _restore_base(folder, base, meta)
+    state = {**state, "base": base}
     if not program.stacked:
-        state = _unstack(state, jax.tree.map(lambda x: x.sharding, program.abstract_state()))
-    return state, meta, step
+        state = _unstack(state, _layout(program.abstract_state()))
+    return state, meta
 
 
 def _unstack(state: State, layout: State) -> State:
     return jax.jit(zoo.protocol.to_list, out_shardings=layout)(state)
 
 
+def save_base(folder: Path, program: Program, state: State, record: Mapping[str, Any]) -> None:
+    """Saves the base of adapters in the workdir `folder`, once: no checkpoint holds it again."""
+    if program.lora is None:
+        return
+    with checkpoint.Checkpointer(folder / BASE) as checkpointer:
+        if checkpointer.latest() is not None:
+            _check_base(folder / BASE, checkpoint.read_meta(folder / BASE, 0), record)
+            return
+        base = state["base"]
+        if not program.stacked:
+            layout = _layout(program.abstract_state(stacked=True)["base"])
+            base = jax.jit(zoo.protocol.to_stacked, out_shardings=layout)(base)
+        meta = {name: record[name] for name in _BASE_RECORD}
+        checkpointer.save(0, {"params": base}, meta, wait=True)
+
+
+def _restore_base(folder: Path, params: Any, record: Mapping[str, Any]) -> Any:
+    """The base of adapters that a workdir holds; `params` are abstract, in the stacked form."""
+    with checkpoint.Checkpointer(folder / BASE) as checkpointer:
+        arrays, meta, _ = checkpointer.restore({"params": params}, 0)
+    _check_base(folder / BASE, meta, record)
+    return arrays["params"]
+
+
+def _check_base(folder: Path, meta: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    workdir.check_same(folder, meta, {name: record[name] for name in _BASE_RECORD})
+
+
 def load_model(
     directory: str | os.PathLike, mesh: Mesh | None = None, rules: sharding.Rules | None = None,
-    dtype: Any = None, step: int | None = None,
+    dtype: Any = None, step: int | None = None, stacked: bool | None = None,
 ) -> tuple[Any, Tokenizer, dict]:
-    """A trained model from a workdir, or from its checkpoints: the averaged parameters if any.
+    """A model and its tokenizer, from a training run or from a model's directory.
 
     Args:
-      directory: what --workdir named, or the directory "checkpoints" in it.
+      directory: what --workdir named, or the directory "checkpoints" in it: the averaged parameters
+        if any, with adapters merged into them. Or a directory that `zoo.load` takes.
       mesh, rules: where and how; default as of `zoo.build`.
-      dtype: to cast the parameters to; None: as they were trained.
-      step: which checkpoint; None: the newest whole one.
+      dtype: to cast the parameters to; None: as they were trained, or are stored.
+      step: which checkpoint of a run; None: the newest whole one.
+      stacked: the form of the layers in memory; see `zoo.build`.
 
     Returns:
-      (model, tokenizer, the checkpoint's meta data).
+      (model, tokenizer, the checkpoint's meta data, {} of a model's directory).
 
     Raises:
       FileNotFoundError: no such directory, step or checkpoint.
-      ValueError: a damaged checkpoint, or another tokenizer than the model was trained with.
+      ValueError: a damaged checkpoint, another tokenizer than the model was trained with, or none.
     """
-    folder = Path(directory)
-    if (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
-    with checkpoint.Checkpointer(folder) as checkpointer:
+    run = find_run(directory)
+    if run is None:
+        if step is not None:
+            raise ValueError(f"step {step}: {directory} holds a model and not a training run, so "
+                             "it has no steps; give none")
+        model = zoo.load(directory, mesh=mesh, rules=rules, dtype=dtype, stacked=stacked)
+        tokenizer = load_tokenizer(_find_tokenizer(Path(directory).expanduser(), model.config))
+        return model, tokenizer, {}
+    with checkpoint.Checkpointer(run) as checkpointer:
         if step is None:
             step = checkpointer.latest()
-        meta = checkpoint.read_meta(folder, step)
-        if not isinstance(meta, dict) or not meta.keys() >= {"model", "training", "tokenizer"}:
-            raise ValueError(f"{folder} does not say which model it holds, so it is not of "
-                             "recipes.train; give a training run's workdir")
-        config = zoo.from_dict(meta["model"])
-        name = "params" if meta["training"]["ema"] is None else "ema"
-        # Where it lay when it was trained with may be on another machine.
-        files = str(folder.absolute().parent / lm.TOKENIZER)
-        tokenizer = load_tokenizer("bytes" if meta["tokenizer"]["name"] == "bytes" else files)
+        meta = _read_run(run, step)
+        tokenizer = load_tokenizer(_run_tokenizer(run, meta))
         if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
-            raise ValueError(f"the tokenizer {files!r} is not the one that {folder} was trained "
+            files = str(run.absolute().parent / lm.TOKENIZER)
+            raise ValueError(f"the tokenizer {files!r} is not the one that {run} was trained "
                              "with; put that one back in its place")
-        kept = jnp.float32 if name == "ema" else jnp.dtype(meta["training"]["dtype"])
-        build = functools.partial(zoo.build, config, mesh=mesh, rules=rules, dtype=kept,
-                                  abstract=True)
-        model = build()
-        definition, params = zoo.protocol.split(model)
-        _, stored = zoo.protocol.split(build(stacked=True))
-        arrays, _, _ = checkpointer.restore({name: stored}, step)
-    arrays = arrays[name]
+        model = _load_run(checkpointer, run, step, meta, mesh, rules, dtype, stacked)
+    return model, tokenizer, meta
+
+
+def find_run(directory: str | os.PathLike) -> Path | None:
+    """The checkpoints of a training run, whether there are any or not; None: it is a model's."""
+    folder = Path(directory).expanduser()
+    if (folder / "checkpoints").is_dir():
+        return folder / "checkpoints"
+    if not (folder / workdir.CONFIG).is_file():  # As "checkpoints" itself has none.
+        return folder
+    try:
+        record = workdir.read_config(folder)
+    except ValueError:  # Whoever loads a model there says what is wrong.
+        return None
+    return folder / "checkpoints" if "training" in record else None
+
+
+def model_files(directory: str | os.PathLike) -> Path:
+    """Where a run or a model keeps its tokenizer, chat template and settings of generation."""
+    run = find_run(directory)
+    return Path(directory).expanduser() if run is None else run.parent / lm.TOKENIZER
+
+
+def _read_run(run: Path, step: int | None) -> dict:
+    """The meta data of a training run's checkpoint."""
+    meta = checkpoint.read_meta(run, step)
+    if not isinstance(meta, dict) or not meta.keys() >= {"model", "training", "tokenizer"}:
+        raise ValueError(f"{run} does not say which model it holds, so it is not of "
+                         "recipes.train; give a training run's workdir")
+    return meta
+
+
+def _run_tokenizer(run: Path, record: Mapping[str, Any]) -> str:
+    """What `recipes.tokenizer.load` takes, of a run: where it lay then may be elsewhere now."""
+    name = record["tokenizer"]["name"]
+    return name if name == "bytes" else str(run.absolute().parent / lm.TOKENIZER)
+
+
+def _find_tokenizer(directory: Path, config: Any) -> str:
+    """What `recipes.tokenizer.load` takes, of a model's directory."""
+    if (directory / "tokenizer.json").is_file():
+        return str(directory)
+    if config.vocab_size == Bytes.vocab_size:
+        return "bytes"
+    raise ValueError(f"{directory} holds no tokenizer.json; put the model's there, or name it by "
+                     "--tokenizer")
+
+
+def _load_run(checkpointer: checkpoint.Checkpointer, run: Path, step: int, meta: Mapping[str, Any],
+              mesh: Mesh | None, rules: sharding.Rules | None, dtype: Any, stacked: bool | None):
+    """The model of a run's checkpoint; see `load_model`."""
+    config = zoo.from_dict(meta["model"])
+    trained = jnp.dtype(meta["training"]["dtype"])
+    name = "params" if meta["training"]["ema"] is None else "ema"
+    lora = None if meta.get("lora") is None else Lora(**meta["lora"])
+    kept = jnp.float32 if name == "ema" and lora is None else trained
+    build = functools.partial(zoo.build, config, mesh=mesh, rules=rules, dtype=kept, abstract=True)
+    model = build(stacked=stacked)
+    definition, params = zoo.protocol.split(model)
+    whole = build(stacked=True)
+    _, stored = zoo.protocol.split(whole)
+    if lora is None:
+        arrays = checkpointer.restore({name: stored}, step)[0][name]
+    else:
+        place = jax.tree.leaves(stored)[0].sharding.mesh
+        adapters = lora.abstract(stored, zoo.protocol.axes(whole), place,
+                                 sharding.ambient_rules() if rules is None else rules)
+        adapters = checkpointer.restore({name: adapters}, step)[0][name]
+        base = _restore_base(run.absolute().parent, stored, meta)
+        merge = functools.partial(lora.merge, dtype=kept if dtype is None else dtype)
+        arrays = jax.jit(merge, out_shardings=_layout(stored), donate_argnums=0)(base, adapters)
     if jax.tree.structure(arrays) != jax.tree.structure(params):
-        arrays = _unstack(arrays, jax.tree.map(lambda x: x.sharding, params))
+        arrays = _unstack(arrays, _layout(params))
     if dtype is not None:
         arrays = jax.jit(functools.partial(zoo.protocol.cast, dtype=dtype), donate_argnums=0)(
             arrays)
-    return zoo.protocol.merge(definition, arrays), tokenizer, meta
+    return zoo.protocol.merge(definition, arrays)
 
 
-def describe_run(program: Program, task: Any, batch_size: int) -> dict[str, Any]:
-    """What a run's result depends on, as JSON: kept in its workdir and in every checkpoint."""
+# --- starting from given weights -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Weights to start a run from; `find_source` finds them.
+
+    Attributes:
+      directory: a run's checkpoints, or a model's directory.
+      config: of the model.
+      fingerprint: of the weights' files, wherever they lie: the hex BLAKE2b of the checksums that
+        stand beside them, or of their own where none do.
+      step: which checkpoint; None of a model's directory.
+      tokenizer: what `recipes.tokenizer.load` takes, or None where none is known.
+    """
+
+    directory: Path
+    config: Any
+    fingerprint: str
+    step: int | None
+    tokenizer: str | None
+
+    def override(self, settings: Mapping[str, Any]) -> Any:
+        """The config with fields replaced, as by `zoo.override`.
+
+        Raises:
+          ValueError: a parameter would have another shape; it names the first one.
+        """
+        config = zoo.override(self.config, settings)
+        if config == self.config:
+            return config
+        have, want = ({jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
+                       for path, x in jax.tree_util.tree_leaves_with_path(zoo.protocol.split(
+                           zoo.build(c, abstract=True, stacked=True))[1])}
+                      for c in (self.config, config))
+        for name in sorted(have.keys() | want.keys()):
+            if have.get(name) != want.get(name):
+                raise ValueError(
+                    f"--set would make {name} {want.get(name, 'absent')}, which is "
+                    f"{have.get(name, 'absent')} in {self.directory}; with --init_from, set only "
+                    "what leaves the parameters' shapes as they are")
+        return config
+
+    def load(self, program: Program) -> Any:
+        """The parameters, for `Program.init`."""
+        place = {"mesh": program.mesh, "rules": program.rules, "dtype": jnp.dtype(program.dtype),
+                 "stacked": program.stacked}
+        if self.step is None:
+            return zoo.protocol.split(zoo.load(self.directory, **place))[1]
+        with checkpoint.Checkpointer(self.directory) as checkpointer:
+            meta = _read_run(self.directory, self.step)
+            model = _load_run(checkpointer, self.directory, self.step, meta, **place)
+        return zoo.protocol.split(model)[1]
+
+
+def find_source(directory: str | os.PathLike, folder: Path) -> Source:
+    """The weights in `directory` to start the run in the workdir `folder` from.
+
+    Where nothing is there any more, a run that has begun says what it began from.
+
+    Raises:
+      ValueError: there are no weights.
+    """
+    path, record = Path(directory).expanduser(), workdir.read_config(folder) or {}
+    if record.get("init_from") and not (path.is_dir() and any(path.iterdir())):
+        return Source(path, zoo.from_dict(record["model"]), record["init_from"], None,
+                      _run_tokenizer(folder / "checkpoints", record))
+    run = find_run(path)
+    if run is None:
+        config = zoo.load_config(path)
+        try:
+            tokenizer = _find_tokenizer(path, config)
+        except ValueError:
+            tokenizer = None
+        return Source(path, config, _fingerprint_model(path), None, tokenizer)
+    with checkpoint.Checkpointer(run) as checkpointer:
+        steps = checkpointer.steps()
+    if not steps:
+        raise ValueError(f"--init_from={directory}: there is no model; give a training run's "
+                         "workdir, a directory that zoo.save wrote, or one of Hugging Face, with "
+                         "config.json and *.safetensors")
+    meta = _read_run(run, steps[-1])
+    return Source(run, zoo.from_dict(meta["model"]), _fingerprint_run(run, steps[-1]), steps[-1],
+                  _run_tokenizer(run, meta))
+
+
+def _fingerprint_run(run: Path, step: int) -> str:
+    """Of a checkpoint, with the base of its adapters, from the manifests of both."""
+    manifests = [path for folder in (run / f"step_{step:08d}", run.absolute().parent / BASE)
+                 for path in sorted(folder.rglob("manifest-*.json"))]
+    digest = hashlib.blake2b(digest_size=16)
+    for path in manifests:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _fingerprint_model(folder: Path) -> str:
+    """Of a directory's *.safetensors; on process 0 alone, which tells the others."""
+    digest = np.zeros(16, np.uint8)
+    if jax.process_index() == 0:
+        files = sorted(folder.glob("*.safetensors"))
+        listed: dict = {}
+        if (folder / directories.MANIFEST).is_file():
+            listed = directories.read_json(folder / directories.MANIFEST).get("files", {})
+        if any(path.name not in listed for path in files):
+            listed = {name: {"blake2b": found}
+                      for name, found in directories.checksums(files).items()}
+        lines = [f"{path.name} {listed[path.name]['blake2b']}" for path in files]
+        found = hashlib.blake2b("\n".join(lines).encode(), digest_size=16).digest()
+        digest = np.frombuffer(found, np.uint8)
+    if jax.process_count() > 1:
+        digest = multihost_utils.broadcast_one_to_all(digest)
+    return bytes(np.asarray(digest)).hex()
+
+
+def describe_run(program: Program, task: Any, batch_size: int, init_from: str | None = None
+                 ) -> dict[str, Any]:
+    """What a run's result depends on, as JSON: kept in its workdir and in every checkpoint.
+
+    `init_from` is the fingerprint of the weights it starts from.
+    """
     optimizer = dataclasses.asdict(program.optimizer)
     training = {"seed": program.seed, "batch_size": batch_size, "accumulate": program.accumulate,
                 "dtype": str(program.dtype), "compute_dtype": str(program.compute_dtype),
                 "ema": program.ema, "optimizer": optimizer.pop("name"), **optimizer}
+    lora = None if program.lora is None else dataclasses.asdict(program.lora)
     record = {"format_version": FORMAT_VERSION, "model": zoo.to_dict(program.config),
-              **task.describe(), "training": training}
+              **task.describe(), "training": training, "init_from": init_from, "lora": lora}
     return json.loads(json.dumps(record))

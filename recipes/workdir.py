@@ -3,6 +3,7 @@
     workdir/
       config.json       what the result depends on; compared when the run is taken up again
       tokenizer/        its files, if it has any
+      base/             what adapters stand on, if any are trained; see `zoo.checkpoint`
       checkpoints/      see `zoo.checkpoint`
       metrics.jsonl     every number logged
       loss.png          at the end
@@ -19,29 +20,38 @@ import numpy as np
 
 from recipes.optimizer import schedule
 
+CONFIG = "config.json"
 _SHOWN = 5
 # Where the data is said to be matters less than what it is; steps matter as far as they bend the
 # learning rate.
 _FREE = ("data.spec", "tokenizer.name", "training.steps")
 
 
-def check_config(folder: Path, record: Mapping[str, Any]) -> None:
-    """Raises ValueError if the directory holds another run than the one `record` describes."""
-    path = folder / "config.json"
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """What `write_config` wrote, or None where it has not. Raises ValueError for what is no JSON
+    object."""
+    path = folder / CONFIG
     if not path.exists():
-        return
+        return None
     try:
         old = json.loads(path.read_text("utf-8"))
     except ValueError:
         old = None
     if not isinstance(old, dict):
         raise ValueError(f"{path} is no JSON object; restore it, or give another --workdir")
-    check_same(folder, old, record)
+    return old
+
+
+def check_config(folder: Path, record: Mapping[str, Any]) -> None:
+    """Raises ValueError if the directory holds another run than the one `record` describes."""
+    old = read_config(folder)
+    if old is not None:
+        check_same(folder, old, record)
 
 
 def write_config(folder: Path, record: Mapping[str, Any]) -> None:
     """Writes what `check_config` compares."""
-    write_json(folder / "config.json", record)
+    write_json(folder / CONFIG, record)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -23,6 +23,10 @@ class Rules:
 
     `embed` is the model width. Parameters shard it (ZeRO-3); in an activation the batch already
     owns those mesh axes, so `constrain` leaves the width whole there.
+
+    `experts` are those of a mixture. The presets leave them whole and lay each one's hidden width
+    (`mlp`) over the mesh, which balances however tokens are routed; ``experts=tensor,mlp=none``
+    gives each device whole experts instead, for all tokens of its part of the batch.
     """
 
     batch: MeshAxes = ("data", "fsdp")
@@ -32,6 +36,7 @@ class Rules:
     kv_heads: MeshAxes = None
     head_dim: MeshAxes = None
     mlp: MeshAxes = None
+    experts: MeshAxes = None
     vocab: MeshAxes = None
     layers: MeshAxes = None
     state: MeshAxes = None

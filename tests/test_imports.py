@@ -17,7 +17,7 @@ ALLOWED = {
     "pallas_kernels": {"jax", "numpy"},
     "sharding": {"jax", "numpy"},
     "layers": {"flax", "jax", "numpy", "pallas_kernels", "sharding"},
-    "zoo": {"flax", "jax", "layers", "numpy", "safetensors", "sharding"},
+    "zoo": {"flax", "jax", "layers", "ml_dtypes", "numpy", "sharding"},
     "recipes": {
         "absl",
         "grain",
@@ -39,8 +39,10 @@ ALLOWED = {
 ALSO_ALLOWED = {
     "recipes/benchmarks/kernel_peers.py": {"pallas_kernels", "tokamax", "torch"},
     "recipes/benchmarks/kernels.py": {"pallas_kernels"},  # times what the layers call
-    "recipes/benchmarks/lm.py": {"safetensors"},  # hands a peer its weights
-    "recipes/benchmarks/peer_transformers.py": {"safetensors", "torch", "transformers"},
+    "recipes/benchmarks/convert.py": {"transformers"},
+    "recipes/benchmarks/peer_transformers.py": {"torch", "transformers"},
+    "recipes/chat.py": {"jinja2"},
+    "recipes/parity.py": {"torch", "transformers"},
     "zoo/checkpoint.py": {"etils", "orbax", "tensorstore"},  # etils: orbax's paths
 }
 # Submodules that one package alone may import, though others may import the library.

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 
 import zoo
+from layers.attention import Attention
+from layers.moe import Moe
 from layers.stack import to_list
 from zoo import protocol
 
@@ -11,9 +13,10 @@ MESH = "data:2,fsdp:2,tensor:2"
 """Eight devices on all axes; the sizes below divide over it."""
 
 TRANSFORMER = {
-    "num_layers": 2, "width": 32, "vocab_size": 40, "max_length": 64, "mlp.hidden": 48,
-    "attention.num_heads": 4, "attention.head_dim": 8,
+    "num_layers": 2, "width": 32, "vocab_size": 40, "max_length": 64, "norm.eps": 1e-5,
+    "mlp.hidden": 48,
 }  # fmt: skip
+MOE = {"num_experts": 5, "top_k": 2, "hidden": 16, "balance_loss": 0.1, "z_loss": 0.01}
 
 
 def config(name: str, **overrides):
@@ -21,11 +24,45 @@ def config(name: str, **overrides):
     full = zoo.config(name)
     if type(full).__name__ != "Transformer":
         raise NotImplementedError(f"say here how to reduce a {type(full).__name__} for tests")
-    grouped = full.attention.num_kv_heads < full.attention.num_heads
-    small = {**TRANSFORMER, "attention.num_kv_heads": 2 if grouped else 4}
-    if full.attention.window:
-        small["attention.window"] = 5
+    small = {**TRANSFORMER, **_attention("attention", full.attention, theta=1e4, window=5)}
+    if full.local is not None:
+        small |= _attention("local", full.local, theta=100.0, window=3)
+        # A whole pattern and the beginning of another one.
+        small["local_layers"] = min(full.local_layers, 2)
+        small["num_layers"] = small["local_layers"] + 2
+    if isinstance(full.mlp, Moe):
+        small |= {f"mlp.{name}": value for name, value in MOE.items()}
+        if full.mlp.shared_hidden is not None:
+            small["mlp.shared_hidden"] = 24
+    if full.embed_scale is not None:
+        small["embed_scale"] = small["width"] ** 0.5
     return zoo.override(full, {**small, **overrides})
+
+
+def _attention(path: str, full: Attention, *, theta: float, window: int) -> dict:
+    grouped = full.num_kv_heads < full.num_heads
+    small = {"num_heads": 4, "num_kv_heads": 2 if grouped else 4, "head_dim": 8}
+    if full.window is not None:
+        small["window"] = window
+    if full.scale is not None:
+        small["scale"] = 0.3
+    if full.rope is not None:
+        small["rope.theta"] = theta
+        if full.rope.scaling is not None:
+            small["rope.scaling.factor"] = 4.0
+    return {f"{path}.{name}": value for name, value in small.items()}
+
+
+def forms() -> list[str]:
+    """The first preset of each form that differs in more than a number, the tying of the head, and
+    the scaling of rope's frequencies: for tests that cost time."""
+    found: dict = {}
+    for name in zoo.list():
+        form = config(name, tie_embeddings=False)
+        if form.attention.rope is not None:
+            form = zoo.override(form, {"attention.rope.scaling": None})
+        found.setdefault(form, name)
+    return list(found.values())
 
 
 def model(config, stacked: bool = False, seed: int = 0):
@@ -36,7 +73,8 @@ def model(config, stacked: bool = False, seed: int = 0):
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
-        about, spread = {"scale": (1.0, 0.2), "bias": (0.0, 0.2)}.get(path[-1].key, (0.0, 0.3))
+        unit = 1.0 - config.norm.offset
+        about, spread = {"scale": (unit, 0.2), "bias": (0.0, 0.2)}.get(path[-1].key, (0.0, 0.3))
         return (about + spread * rng.normal(size=x.shape)).astype(np.float32)
 
     abstract = protocol.split(zoo.build(config, abstract=True, stacked=True))[1]

@@ -6,12 +6,25 @@
 >>> zoo.generate(model, [[100, 101, 102]], max_new_tokens=8).tokens
 """
 
+from typing import Any
+
 from zoo import protocol
 from zoo.decode.loop import Generation, generate, stream
 from zoo.registry import build, config, from_dict, override, to_dict
 from zoo.registry import list_models as list
 
+_CONVERT = ("from_hf", "load", "load_config", "save", "to_hf")
+
 __all__ = [
-    "Generation", "build", "config", "from_dict", "generate", "list", "override", "protocol",
-    "stream", "to_dict",
+    "Generation", "build", "config", "from_dict", "from_hf", "generate", "list", "load",
+    "load_config", "override", "protocol", "save", "stream", "to_dict", "to_hf",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads `zoo.convert` when one of its functions is asked for."""
+    if name in _CONVERT:
+        from zoo import convert
+
+        return getattr(convert, name)
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")

@@ -21,6 +21,7 @@ from layers.linear import fan_in_normal
 from layers.losses import cross_entropy
 from layers.mixer import MixerConfig, Rows, state
 from layers.mlp import Mlp
+from layers.moe import Moe
 from layers.norm import Norm, Normalize
 from layers.stack import Stack
 from zoo import protocol
@@ -47,10 +48,13 @@ class DecoderConfig:
       vocab_size: rows of the token table.
       width: of the residual stream.
       num_layers: blocks.
-      mlp, norm: of every block.
+      mlp, norm: of every block; the MLP may be a mixture of experts.
       max_length: the longest sequence that the model is made for; a learned position table has
         this many rows.
       tie_embeddings: the head is the token table.
+      post_norms: a block also norms what its mixer and its MLP return, before it is added.
+      embed_scale: factor on the token embeddings, or None.
+      logit_softcap: logits become ``logit_softcap * tanh(logits / logit_softcap)``, or None.
       learned_positions: adds a learned vector per absolute position.
       dropout: rate on the embeddings and on each residual branch, in training.
     """
@@ -58,10 +62,13 @@ class DecoderConfig:
     vocab_size: int
     width: int
     num_layers: int
-    mlp: Mlp
+    mlp: Mlp | Moe
     norm: Norm
     max_length: int
     tie_embeddings: bool = False
+    post_norms: bool = False
+    embed_scale: float | None = None
+    logit_softcap: float | None = None
     learned_positions: bool = False
     dropout: float = 0.0
 
@@ -70,6 +77,9 @@ class DecoderConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         _check_finite(self)
+        for name in ("embed_scale", "logit_softcap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive, or none")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
@@ -130,7 +140,8 @@ class DecoderLM(nnx.Module):
 
         def kind(mixer):
             return lambda key: Block(mixer, config.mlp, config.norm, config.width,
-                                     dropout=config.dropout, gain=gain, key=key, dtype=dtype)
+                                     post_norms=config.post_norms, dropout=config.dropout,
+                                     gain=gain, key=key, dtype=dtype)
 
         self.stack = Stack([kind(m) for m in config.mixers()], config.num_layers,
                            stacked=stacked, remat=remat, key=keys[2])
@@ -145,6 +156,9 @@ class DecoderLM(nnx.Module):
 
     def _embed(self, tokens, positions, key=None):
         x = self.embed(tokens)
+        if self.config.embed_scale is not None:
+            # Rounded to the activations' type first, as Gemma's authors do.
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
         if self.positions is not None:
             x = x + self.positions(positions)
         return dropout(x, self.config.dropout, key)
@@ -153,7 +167,8 @@ class DecoderLM(nnx.Module):
         logits = sharding.einsum("btd,dv->btv", hidden, self.head_matrix(),
                                  weight=("embed", "vocab"), out=("batch", "seq", "vocab"),
                                  preferred_element_type=jnp.float32)
-        return logits
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def __call__(self, batch: dict[str, jax.Array], key: jax.Array | None = None,
                  train: bool = False) -> Output:
@@ -166,7 +181,8 @@ class DecoderLM(nnx.Module):
           train: leaves the logits out (see `loss`) and needs a key where the config has dropout.
 
         Returns:
-          Output with hidden [B, T, D] and, unless training, logits float32 [B, T, V].
+          Output with hidden [B, T, D] and, unless training, logits float32 [B, T, V]; and the
+          blocks' auxiliary losses and statistics, means over valid tokens and layers.
         """
         if not isinstance(batch, Mapping) or "tokens" not in batch:
             raise ValueError("the batch is no dict with 'tokens', int32 [B, T]; pass "
@@ -184,9 +200,22 @@ class DecoderLM(nnx.Module):
                                          tokens.shape)
         key = key if train else None
         x = self._embed(tokens, positions, fold(key, 0))
-        x = self.stack(x, segments, positions, fold(key, 1))
+        x, aux = self.stack(x, segments, positions, fold(key, 1))
         hidden = self.norm(x)
-        return Output(logits=None if train else self._logits(hidden), hidden=hidden)
+        return Output(None if train else self._logits(hidden), hidden, **aux)
+
+    def trace(self, tokens: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """What two implementations are compared by, of whole sequences int32 [B, T].
+
+        Returns:
+          The stream [B, T, D] after the embedding, after each block but the last, and after the
+          final norm; and the logits float32 [B, T, V].
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        x = self._embed(tokens, positions)
+        *inner, last = self.stack.trace(x, None, positions)
+        hidden = self.norm(last)
+        return [x, *inner, hidden], self._logits(hidden)
 
     def loss(self, output: Output, labels: jax.Array, weights: jax.Array, *,
              z_loss: float = 0.0) -> tuple[jax.Array, jax.Array, dict]:
@@ -194,7 +223,8 @@ class DecoderLM(nnx.Module):
 
         labels int32 [B, T], weights float32 [B, T]; see `layers.losses.cross_entropy`.
         """
-        return cross_entropy(output.hidden, self.head_matrix(), labels, weights, z_loss=z_loss)
+        return cross_entropy(output.hidden, self.head_matrix(), labels, weights, z_loss=z_loss,
+                             softcap=self.config.logit_softcap)
 
     def init_state(self, batch: int, max_len: int, path: int = 1) -> DecoderState:
         """An empty state for `batch` requests of up to `max_len` tokens.

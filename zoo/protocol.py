@@ -28,7 +28,7 @@ class Output:
         loss is taken from `hidden`, so that the logits of all positions never exist at once).
       hidden: the last hidden states [B, T, D], where the loss needs them.
       losses: auxiliary losses by name, each (sum, weight).
-      stats: statistics by name, such as routing counts.
+      stats: statistics by name, such as those of routing, each (sum, weight) as well.
     """
 
     logits: jax.Array | None = None

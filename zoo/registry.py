@@ -33,7 +33,8 @@ def _presets() -> dict[str, Any]:
     return {preset: make for family in FAMILIES for preset, make in _family(family)[1].items()}
 
 
-def _near(name: str, known) -> str:
+def suggest(name: str, known) -> str:
+    """The end of an error about an unknown name: the nearest one there is, or all."""
     lower = {k.lower(): k for k in known}
     near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.4)
     return f"; did you mean {lower[near[0]]!r}?" if near else f"; known: {', '.join(sorted(known))}"
@@ -60,7 +61,7 @@ def config(name: str, **overrides: Any) -> Any:
     if not isinstance(name, str):
         raise ValueError(f"the model is {name!r}; give its name, one of zoo.list()")
     if name not in _presets():
-        raise ValueError(f"unknown model {name!r}{_near(name, _presets())}")
+        raise ValueError(f"unknown model {name!r}{suggest(name, _presets())}")
     return override(_presets()[name](), overrides)
 
 
@@ -79,7 +80,7 @@ def _override(config: Any, overrides: Mapping[str, Any], prefix: str) -> Any:
         head, _, rest = path.partition(".")
         if head not in known:
             owner = prefix.rstrip(".") or type(config).__name__.lower()
-            raise ValueError(f"{owner} has no field {head!r}{_near(head, known)}")
+            raise ValueError(f"{owner} has no field {head!r}{suggest(head, known)}")
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:
@@ -100,8 +101,9 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if value is None or (isinstance(value, str) and value.lower() == "none"):
         if types.NoneType in options:
             return None
-        article = "an" if hint.__name__[0] in "aeiouAEIOU" else "a"
-        raise ValueError(f"{path} cannot be none; it is {article} {hint.__name__}")
+        names = " or ".join(o.__name__ for o in options)
+        article = "an" if names[0] in "aeiouAEIOU" else "a"
+        raise ValueError(f"{path} cannot be none; it is {article} {names}")
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, option):
             return value
@@ -165,11 +167,11 @@ def from_dict(data: Mapping[str, Any]) -> Any:
         fields = {name: revive(child) for name, child in value.items() if name != "type"}
         name = value.get("type")
         if name not in classes:
-            raise ValueError(f"unknown config type {name!r}{_near(str(name), classes)}")
+            raise ValueError(f"unknown config type {name!r}{suggest(str(name), classes)}")
         known = {f.name for f in dataclasses.fields(classes[name])}
         for field in fields:
             if field not in known:
-                raise ValueError(f"{name} has no field {field!r}{_near(field, known)}")
+                raise ValueError(f"{name} has no field {field!r}{suggest(field, known)}")
         required = {f.name for f in dataclasses.fields(classes[name])
                     if f.default is dataclasses.MISSING}
         if missing := sorted(required - fields.keys()):

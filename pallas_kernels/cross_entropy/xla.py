@@ -9,7 +9,7 @@ from pallas_kernels.dispatch import Target
 # platform -> about so many logits are held at once, but never so few rows; and the multiple of
 # which rows are. On a CPU slices stay in its caches. Elsewhere every slice adds to D x V float32 in
 # memory, which takes as long as its product where rows are 750 (v5p) or 820 (H200). A TPU gets
-# fewer, for the room: 16k positions then hold 1/34 of their logits (twice, as libtpu 0.0.50 counts).
+# fewer, for the room: of 16k positions 1/34 of the logits (libtpu 0.0.50 counts them twice).
 SLICES = {"cpu": (1 << 20, 512, 1), "tpu": (1 << 26, 496, 16), "gpu": (1 << 27, 1024, 16)}
 
 

@@ -1,4 +1,4 @@
-"""The lm suite: training and greedy decoding of a Llama, against a peer with the same weights."""
+"""The lm suite: training and greedy decoding, against a peer with the same weights."""
 
 import json
 import os
@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from safetensors.numpy import save_file
 
 import sharding
 import zoo
@@ -55,37 +54,6 @@ class _Peer:
         assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
-
-
-def _hugging_face(config: Any, params: dict) -> tuple[dict, dict[str, np.ndarray]]:
-    """(LlamaConfig arguments, state dict) of this project's Llama."""
-    a, d = config.attention, config.width
-    blocks = zoo.protocol.to_stacked(params)["stack"]["blocks"]["0"]
-    state = {"model.embed_tokens.weight": params["embed"]["table"],
-             "model.norm.weight": params["norm"]["scale"]}
-    if not config.tie_embeddings:
-        state["lm_head.weight"] = params["head"].T
-    for i in range(config.num_layers):
-        layer = jax.tree.map(lambda x, i=i: np.asarray(x[i]), blocks)
-        mixer, mlp = layer["mixer"], layer["mlp"]
-        prefix = f"model.layers.{i}."
-        for name, ours in (("q", "query"), ("k", "key"), ("v", "value")):
-            state[f"{prefix}self_attn.{name}_proj.weight"] = (
-                mixer[ours]["kernel"].reshape(d, -1).T)
-        state[prefix + "self_attn.o_proj.weight"] = mixer["out"]["kernel"].reshape(-1, d).T
-        for name in ("gate", "up", "down"):
-            state[f"{prefix}mlp.{name}_proj.weight"] = mlp[name]["kernel"].T
-        state[prefix + "input_layernorm.weight"] = layer["mixer_norm"]["scale"]
-        state[prefix + "post_attention_layernorm.weight"] = layer["mlp_norm"]["scale"]
-    arguments = {
-        "vocab_size": config.vocab_size, "hidden_size": d,
-        "intermediate_size": config.mlp.hidden, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": a.num_heads, "num_key_value_heads": a.num_kv_heads,
-        "head_dim": a.head_dim, "rms_norm_eps": config.norm.eps,
-        "max_position_embeddings": config.max_length, "rope_theta": a.rope.theta,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
-    return arguments, {k: np.ascontiguousarray(v, np.float32) for k, v in state.items()}
 
 
 def _batch(config: Any, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -155,13 +123,11 @@ def run(*, model: str, overrides: dict, peer: str | None, rounds: int, batch_siz
     other = None
     if peer is not None:
         with tempfile.TemporaryDirectory() as folder:
-            arguments, state = _hugging_face(config, zoo.protocol.split(ours.model)[1])
-            weights = Path(folder) / "weights.safetensors"
-            save_file(state, weights)
+            zoo.to_hf(ours.model, Path(folder) / "model")
             other = _Peer(f"recipes.benchmarks.peer_{peer}", {
-                "config": arguments, "weights": str(weights), "threads": os.cpu_count(),
-                "batch_size": batch_size, "seq_len": seq_len, "learning_rate": LEARNING_RATE,
-                "prompt_tokens": PROMPT_TOKENS})
+                "model": str(Path(folder) / "model"), "threads": os.cpu_count(),
+                "vocab_size": config.vocab_size, "batch_size": batch_size, "seq_len": seq_len,
+                "learning_rate": LEARNING_RATE, "prompt_tokens": PROMPT_TOKENS})
         tokens = np.arange(1, 65, dtype=np.int32).reshape(2, 32) % config.vocab_size
         difference = float(np.abs(ours.logits(tokens)
                                   - np.array(other.ask({"do": "logits",

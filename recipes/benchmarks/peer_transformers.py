@@ -32,25 +32,17 @@ class _Transformers:
     def __init__(self, setup: dict[str, Any]):
         import torch
         import transformers
-        from safetensors.torch import load_file
 
         torch.set_num_threads(setup["threads"])
         self.torch, self.prompt_tokens = torch, setup["prompt_tokens"]
 
         def make():
-            config = transformers.LlamaConfig(
-                **setup["config"], attention_bias=False, use_cache=True)
-            model = transformers.LlamaForCausalLM(config)
-            missing, unexpected = model.load_state_dict(load_file(setup["weights"]), strict=False)
-            missing = [name for name in missing if name != "lm_head.weight"
-                       or not config.tie_word_embeddings]
-            if missing or unexpected:
-                raise ValueError(f"missing {missing}, unexpected {unexpected}")
-            return model
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                setup["model"], dtype=torch.float32)
 
         self.model = make().eval()
         shape = (setup["batch_size"], setup["seq_len"])
-        self.batch = torch.randint(0, setup["config"]["vocab_size"], shape)
+        self.batch = torch.randint(0, setup["vocab_size"], shape)
         self.trained = {}
         for mode in ("eager", "compiled"):
             model = make().train()

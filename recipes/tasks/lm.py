@@ -23,10 +23,11 @@ BATCH = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "la
 
 def make_loss(z_loss: float) -> Callable:
     """A `Task.loss`: next-token cross-entropy, in training with a z-loss of that coefficient and
-    the model's auxiliary losses.
+    the model's auxiliary losses. The model's statistics are reported with them.
 
-    An auxiliary loss is a mean of its own. Times the labels' weight it can be added to their sum:
-    what the total is divided by in the end, and microbatches, then leave it the mean it is.
+    An auxiliary loss or statistic is a mean of its own. Times the labels' weight it can be added
+    to their sum: what the total is divided by in the end, and microbatches, then leave it the mean
+    it is.
     """
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss {z_loss}: it must be 0 (none) or more, and finite")
@@ -38,9 +39,9 @@ def make_loss(z_loss: float) -> Callable:
                                           z_loss=z_loss if train else 0.0)
         found = {"nats_per_token": stats["nll"]}
         if train:
-            for name, (extra, count) in output.losses.items():
+            for name, (extra, count) in {**output.losses, **output.stats}.items():
                 found[name] = extra / jnp.maximum(count, 1e-30) * weight
-                total += found[name]
+            total += sum(found[name] for name in output.losses)
         return total, weight, found
 
     return loss

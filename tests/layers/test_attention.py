@@ -12,7 +12,8 @@ import layers.attention
 import sharding
 from layers.attention import Attention
 from layers.mixer import prefill
-from layers.rope import Llama3Scaling, Rope, YarnScaling
+from layers.norm import Norm
+from layers.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from sharding import Rules
 from tests.tiny import MESH
 from tests.tolerances import assert_close
@@ -28,16 +29,18 @@ OPTIONS = {
     "no rope": Attention(4, 2, 3),
     "window": Attention(4, 2, 4, rope=ROPE, window=3),
     "window of one": Attention(2, 2, 4, rope=ROPE, window=1),
-    "qk-norm": Attention(4, 2, 4, rope=ROPE, qk_norm=1e-3),
+    "qk-norm": Attention(4, 2, 4, rope=ROPE, qk_norm=Norm("rms", 1e-3)),
     "softcap, scale": Attention(4, 2, 4, rope=ROPE, softcap=0.7, scale=1.3),
     "biases": Attention(4, 2, 4, rope=ROPE, qkv_bias=True, out_bias=True),
     "wider values": Attention(4, 2, 4, v_head_dim=6, rope=ROPE),
     "narrower values": Attention(4, 2, 4, v_head_dim=3, rope=ROPE),
+    "linear": Attention(2, 1, 8, rope=Rope(100.0, LinearScaling(4.0))),
     "llama3": Attention(2, 1, 8, rope=Rope(100.0, Llama3Scaling(4.0, 1.0, 4.0, 16))),
     "yarn": Attention(2, 1, 8, rope=Rope(100.0, YarnScaling(4.0, 8.0, 1.0, 16))),
     "all": Attention(
         4, 2, 4, v_head_dim=3, rope=Rope(100.0, YarnScaling(4.0, 8.0, 1.0, 16)), window=4,
-        qk_norm=1e-3, softcap=0.7, scale=1.3, qkv_bias=True, out_bias=True),
+        qk_norm=Norm("rms", 1e-3, offset=1.0), softcap=0.7, scale=1.3, qkv_bias=True,
+        out_bias=True),
 }
 EVERY = pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
 
@@ -216,7 +219,8 @@ def test_eight_devices_equal_one(groups, name, explicit):
         ({"window": 0}, "attention.window is 0; it must be >= 1, or none"),
         ({"v_head_dim": 0}, "attention.v_head_dim is 0"),
         ({"softcap": 0.0}, "attention.softcap is 0.0; it must be positive, or none"),
-        ({"qk_norm": -1.0}, "attention.qk_norm is -1.0"),
+        ({"qk_norm": 1e-6}, "attention.qk_norm is 1e-06; it must be a Norm of kind 'rms', or none"),
+        ({"qk_norm": Norm("layer")}, "attention.qk_norm is Norm.*'layer'.*of kind 'rms'"),
         ({"scale": float("nan")}, "attention.scale is nan"),
     ],
 )

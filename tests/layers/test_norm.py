@@ -32,10 +32,21 @@ def test_formula(kind, bias):
     assert_close(layer(jnp.asarray(x, jnp.float32)), expected)
 
 
-def test_starts_as_the_identity_on_unit_rows():
+def test_offset():
+    """The scale is a distance from the offset, also where a residual is added first."""
+    layer, scale, _ = make(Norm("rms", 0.05, offset=1.0), 6)
+    x, residual = np.random.default_rng(1).normal(size=(2, 4, 3, 6)).astype(np.float32)
+    for total, y in ((x, layer(x)), (x + residual, layer(x, residual)[0])):
+        expected = total / np.sqrt((total**2).mean(-1, keepdims=True) + 0.05) * (1 + scale)
+        assert_close(y, expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 0.25])
+def test_starts_as_the_identity_on_unit_rows(offset):
     x = np.random.default_rng(1).normal(size=(4, 1, 64))
     x /= np.sqrt((x**2).mean(-1, keepdims=True))
-    layer = Normalize(Norm(bias=True), 64, key=jax.random.key(0))
+    layer = Normalize(Norm(bias=True, offset=offset), 64, key=jax.random.key(0))
+    assert (layer.scale[...] == 1 - offset).all()
     assert_close(layer(jnp.asarray(x, jnp.float32)), x)
 
 
@@ -61,3 +72,7 @@ def test_refuses():
     for eps in (0.0, -1e-6, float("nan")):
         with pytest.raises(ValueError, match=r"norm.eps is .*positive, e\.g\. 1e-6"):
             Norm(eps=eps)
+    with pytest.raises(ValueError, match=r"norm.offset is inf; it must be finite, e\.g\. 0 or 1"):
+        Norm(offset=float("inf"))
+    with pytest.raises(ValueError, match="norm.offset is 1.0; a norm of kind 'layer' has none"):
+        Norm("layer", offset=1.0)

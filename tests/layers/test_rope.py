@@ -1,4 +1,4 @@
-"""Rotary embedding against complex rotation, and both frequency scalings against their papers."""
+"""Rotary embedding against complex rotation, and frequency scalings against their papers."""
 
 import math
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.rope import Llama3Scaling, Rope, YarnScaling
+from layers.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from tests.tolerances import assert_close
 
 
@@ -43,6 +43,15 @@ def test_bfloat16_angles_are_float32():
     expected = [np.cos(1001) - np.sin(1001), np.cos(10.01) - np.sin(10.01),
                 np.cos(1001) + np.sin(1001), np.cos(10.01) + np.sin(10.01)]
     assert_close(y[0, 0, 0], np.array(expected), tol=1e-2)
+
+
+def test_linear_scaling():
+    """A position counts as a `factor`-th of it."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 2, 8)), jnp.float32)
+    positions = jnp.array([[0, 8, 80, 400]])
+    scaled = Rope(100.0, LinearScaling(8.0))(x, positions)
+    assert_close(scaled, Rope(100.0)(x, positions // 8))
+    assert LinearScaling(8.0).amplitude == 1.0
 
 
 def llama3_by_wavelength(theta, size, factor, low, high, original):
@@ -120,6 +129,8 @@ def test_pinned_frequencies():
 def test_refuses():
     with pytest.raises(ValueError, match="rope.theta is 1.0; it must be over 1, e.g. 10000"):
         Rope(theta=1.0)
+    with pytest.raises(ValueError, match="needs factor >= 1"):
+        LinearScaling(0.5)
     with pytest.raises(ValueError, match="needs factor >= 1, 0 < low < high"):
         Llama3Scaling(low=4.0, high=1.0)
     with pytest.raises(ValueError, match="needs factor >= 1, 0 < slow < fast"):

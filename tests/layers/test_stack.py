@@ -12,6 +12,7 @@ import pytest
 import zoo
 from layers.attention import Attention
 from layers.mlp import Mlp
+from layers.moe import Moe
 from layers.norm import Norm
 from layers.rope import Rope
 from layers.stack import REMAT, to_list, to_stacked
@@ -90,6 +91,40 @@ def test_both_forms_compute_alike(num_layers):
     if num_layers > 1:
         swapped, _ = loss_and_gradients(*build(True, num_layers, windows=(4, 2)))
         assert abs(swapped - one) > 1e-4
+
+
+MOE = Moe(3, 2, 6, balance_loss=0.5, z_loss=0.1)
+
+
+@pytest.mark.parametrize(("num_layers", "policy"), [(1, "none"), (5, "dots")])
+def test_both_forms_report_the_sum_over_layers(num_layers, policy):
+    """Of groups, of the blocks in a group, and of the tail; also with their gradients."""
+    batch, results = tiny.batch(11, rows=2, length=9), {}
+    for stacked in (True, False):
+        config = dataclasses.replace(CONFIG, num_layers=num_layers, mlp=MOE)
+        _, params = protocol.split(tiny.model(config, stacked))
+        definition = protocol.split(
+            zoo.build(config, abstract=True, stacked=stacked, remat=policy))[0]
+
+        def loss(params, definition=definition):
+            output = protocol.merge(definition, params)(batch, train=True)
+            return sum(total for total, _ in output.losses.values()), output
+
+        (_, output), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        results[stacked] = output, to_stacked(gradients)
+    assert_close(results[False], results[True])
+    tokens = (batch["segment_ids"] > 0).sum()
+    assert output.losses.keys() == {"moe_balance", "moe_z"}
+    for total, weight in (*output.losses.values(), *output.stats.values()):
+        assert weight == num_layers * tokens
+        assert total > 0
+    mean_load = output.stats["moe_max_load"][0] / weight
+    assert 1 <= mean_load <= MOE.num_experts / MOE.top_k
+
+
+def test_dense_blocks_report_nothing():
+    output = jax.eval_shape(functools.partial(tiny.model(CONFIG), train=True), tiny.batch(11))
+    assert (output.losses, output.stats) == ({}, {})
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
@@ -258,7 +293,7 @@ def test_stack_with_a_context(stacked):
     x, context = (jnp.asarray(rng.normal(size=(2, n, 16)), jnp.float32) for n in (6, 4))
     positions = jnp.tile(jnp.arange(6), (2, 1))
     run = functools.partial(stack, segment_ids=None, positions=positions, context=context)
-    expected = jax.jit(lambda x: run(x))(x)
+    expected = jax.jit(lambda x: run(x)[0])(x)
     state = jax.jit(lambda: stack.init_state(2, 6, context=context))()
     first, state = jax.jit(stack.prefill)(x[:, :4], jnp.ones((2, 4), bool), state)
     rest, scratch = jax.jit(stack.step)(x[:, 4:], trees.chain(2, 2), state)

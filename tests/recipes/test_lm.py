@@ -48,7 +48,8 @@ def test_loss_is_cross_entropy_with_z_loss_in_training(train):
 
 
 class WithAuxiliary:
-    """A model with two auxiliary losses: a mean over the tokens that count, and one over 5."""
+    """A model with two auxiliary losses, a mean over the tokens that count and one over 5, and a
+    statistic, which is no part of the loss."""
 
     def __init__(self, model):
         self.model, self.loss = model, model.loss
@@ -57,7 +58,8 @@ class WithAuxiliary:
         weights = (batch["segment_ids"] > 0).astype(jnp.float32)
         size = jnp.sum(weights * batch["tokens"])
         losses = {"balance": (size, jnp.sum(weights)), "router_z": (jnp.float32(10), 5.0)}
-        return dataclasses.replace(self.model(batch, key, train), losses=losses)
+        return dataclasses.replace(self.model(batch, key, train), losses=losses,
+                                   stats={"load": (2 * size, jnp.sum(weights))})
 
 
 def test_auxiliary_losses_are_added_as_means_in_training():
@@ -70,6 +72,7 @@ def test_auxiliary_losses_are_added_as_means_in_training():
     assert_close(total / weight, plain / weight + balance + 2.0)
     assert_close(stats["balance"] / weight, balance)
     assert_close(stats["router_z"] / weight, 2.0)
+    assert_close(stats["load"] / weight, 2 * balance)
     assert_close(stats["nats_per_token"], plain)
     nats, _, stats = make_loss(0.0)(WithAuxiliary(model), batch, None, False)
     assert_close(nats, stats["nats_per_token"])
@@ -93,7 +96,7 @@ def test_auxiliary_losses_are_means_over_microbatches_of_any_weight():
             optimizer=Optimizer(), accumulate=accumulate)
         step = jax.jit(training.make_gradients(program, definition))
         found.append(step(params, batch, jax.random.key(0)))
-    assert found[0][2].keys() == {"nats_per_token", "balance", "router_z"}
+    assert found[0][2].keys() == {"nats_per_token", "balance", "router_z", "load"}
     assert_close(found[1], found[0], EQUAL)
 
 

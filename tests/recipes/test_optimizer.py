@@ -55,6 +55,20 @@ def test_sides_joins_heads_with_their_width():
     assert sides(("head_dim",)) == [(0,)]
 
 
+def test_experts_are_a_batch_of_matrices_and_the_routers_outputs():
+    axes, params = make("qwen1.5-moe-a2.7b", stacked=True)
+    mlp = axes["stack"]["blocks"]["0"]["mlp"]
+    assert sides(mlp["gate"]["kernel"]) == sides(mlp["down"]["kernel"]) == [(2,), (3,)]
+    assert sides(mlp["router"]["kernel"]) == [(1,), (2,)]
+    update = Optimizer("muon").build(axes)
+    updates, _ = update.update(params, update.init(params), params)
+    kernel = updates["stack"]["blocks"]["0"]["mlp"]["up"]["kernel"]
+    assert kernel.shape == (3, 5, 32, 16)
+    # Each expert's update is orthogonal by itself: all its singular values are alike.
+    values = np.linalg.svd(np.asarray(kernel), compute_uv=False)
+    assert (values.max(-1) < 2 * values.min(-1)).all()
+
+
 @pytest.mark.parametrize(("name", "preset"), [
     ("adamw", "gpt2"), ("adamw", "llama-60m"), ("lion", "llama-60m"), ("muon", "llama-60m")])
 def test_only_matrices_decay(name, preset):

@@ -6,6 +6,8 @@ import pytest
 import sharding
 import zoo
 from recipes import command, plan
+from recipes.optimizer import Optimizer
+from recipes.training import abstract_step
 from tests import tiny
 
 BATCH = 3
@@ -40,6 +42,25 @@ def test_decoding_reads_the_rows_of_its_own_requests_and_shards():
     assert more - one == 2 * config.width  # One row more of each of two devices.
     one, more = (reads(config, "fsdp:2,tensor:2", batch=batch) for batch in (2, 4))
     assert more - one == config.width  # Of half the width.
+
+
+def test_decoding_reads_the_experts_that_its_requests_take():
+    config = tiny.config("mixtral-8x7b", num_layers=1, **{"mlp.num_experts": 9})
+    one, two, more = (reads(config, batch=batch) for batch in (1, 2, 100))
+    expert = 2 * 3 * config.width * config.mlp.hidden
+    assert two - one == 2 * expert + 2 * config.width  # And a row of the table.
+    assert more - one == 7 * expert + 2 * 39 * config.width
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
+def test_the_step_of_a_mixture_of_experts_lowers(stacked):
+    mesh, rules = sharding.mesh(tiny.MESH), sharding.rules("fsdp_tp")
+    step, arguments = abstract_step(
+        tiny.config("qwen1.5-moe-a2.7b"), mesh, rules, batch_size=16, seq_len=16, accumulate=2,
+        remat="dots", stacked=stacked, optimizer=Optimizer("muon"))
+    with sharding.use(mesh, rules):
+        metrics = step.lower(*arguments).out_info[1]
+    assert metrics.keys() >= {"loss", "moe_balance", "moe_z", "moe_max_load", "moe_entropy"}
 
 
 FLAGS = ("--model=llama-tiny", "--topology=v5e:2x2")

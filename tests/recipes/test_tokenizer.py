@@ -107,7 +107,7 @@ def _train(kind, folder, **save):
         tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         trainer = trainers.WordLevelTrainer(special_tokens=["[UNK]", "</s>"], **common)
     with open(tokenizer_lib.__file__, encoding="utf-8") as source:
-        tok.train_from_iterator([*source.read().split("\n\n"), TEXT], trainer)
+        tok.train_from_iterator([*source.read().split("\n\n"), *[TEXT] * 9], trainer)
     saved = json.loads(tok.to_str())
     saved["added_tokens"] = [t for t in saved["added_tokens"] if t["content"] not in bytes_256]
     saved |= save

@@ -21,17 +21,46 @@ from zoo import protocol
 from zoo.decode import tree as trees
 
 PRESETS = pytest.mark.parametrize("name", zoo.list())
+FORMS = pytest.mark.parametrize("name", tiny.forms())
 SNAPSHOTS = pathlib.Path(__file__).parent / "snapshots"
 
 # Where an author's page or paper gives the exact number, or the published weights do.
 NUM_PARAMS = {
     "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "llama2-7b": 6_738_415_616,
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
     "mistral-7b": 7_241_732_096,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma2-27b": 27_227_128_320,
+    "gemma3-270m": 268_098_176,
+    "gemma3-1b": 999_885_952,
+    # What was published less SigLIP's image encoder and the projection behind it.
+    "gemma3-4b": 4_300_079_472 - 416_866_032 - 1152 * (2560 + 1),
+    "gemma3-12b": 12_187_325_040 - 416_866_032 - 1152 * (3840 + 1),
+    "gemma3-27b": 27_432_406_640 - 416_866_032 - 1152 * (5376 + 1),
 }
 
 # Softmax does not see what is added to all scores of a query, as a key's bias does without rope.
@@ -65,13 +94,13 @@ def loss_and_gradients(config, mesh, stacked):
         model = protocol.merge(definition, params)
         output = model(batch, jax.random.key(3), train=True)
         total, weight, _ = model.loss(output, batch["labels"], batch["weights"], z_loss=1e-2)
-        return total / weight
+        return total / weight + sum(extra / count for extra, count in output.losses.values())
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
     return value, to_stacked(jax.device_get(gradients))
 
 
-@PRESETS
+@FORMS
 def test_loss_and_gradients(name):
     loss, gradients = on_one_device(tiny.config(name))
     assert math.isfinite(loss)
@@ -81,16 +110,16 @@ def test_loss_and_gradients(name):
     assert all(math.isfinite(size) for size in sizes.values())
 
 
-@PRESETS
+@FORMS
 def test_list_form(name):
     assert_close(on_one_device(tiny.config(name), False), on_one_device(tiny.config(name)))
 
 
 def mesh_cases():
-    """All with Auto axis types; with Explicit ones every option once, the other presets slowly."""
-    for name in zoo.list():
+    """All with Auto axis types; with Explicit ones every option once, the others slowly."""
+    for name in tiny.forms():
         yield pytest.param(name, False, id=f"{name}-auto")
-        marks = () if name in ("gpt2", "qwen3-8b") else pytest.mark.slow
+        marks = () if name in ("gpt2", "qwen3-0.6b") else pytest.mark.slow
         yield pytest.param(name, True, id=f"{name}-explicit", marks=marks)
 
 
@@ -104,7 +133,7 @@ def test_eight_devices_equal_one(name, explicit):
     assert_close(sharded, on_one_device(config))
 
 
-@PRESETS
+@FORMS
 def test_forward_equals_prefill_and_steps(monkeypatch, name):
     monkeypatch.setattr(layers.attention, "CACHE_BLOCK", 4)
     model = tiny.model(tiny.config(name))
@@ -140,7 +169,7 @@ def advance(model, token, state):
     return step.logits, model.commit(state, step.scratch, path, count)
 
 
-@PRESETS
+@FORMS
 def test_packed_documents_equal_documents_alone(name):
     """Segment ids and positions that restart: no document sees its neighbours."""
     model = tiny.model(tiny.config(name))
@@ -153,6 +182,41 @@ def test_packed_documents_equal_documents_alone(name):
     alone = run(tokens=np.concatenate([tokens, np.roll(tokens, -5, axis=1)]))
     assert_close(packed[:, :5], alone[:1, :5])
     assert_close(packed[:, 5:9], alone[1:, :4])
+
+
+def test_capped_logits_and_scaled_embeddings():
+    """The loss is that of the capped logits; scaling embeddings is scaling their table."""
+    config, batch = tiny.config("gemma2-2b", tie_embeddings=False, num_layers=1), tiny.batch(40)
+    config = zoo.override(config, {"logit_softcap": 2.0, "embed_scale": 3.0})
+    definition, params = protocol.split(tiny.model(config))
+
+    def run(definition, params):
+        model = protocol.merge(definition, params)
+        output = model(batch)
+        return output, model.loss(output, batch["labels"], batch["weights"])[0]
+
+    output, loss = jax.jit(functools.partial(run, definition))(params)
+    log_p = jax.nn.log_softmax(output.logits)
+    at_label = jnp.take_along_axis(log_p, batch["labels"][..., None], -1)[..., 0]
+    assert_close(loss, -jnp.sum(batch["weights"] * at_label))
+    linear = output.hidden @ params["head"]
+    assert_close(output.logits, 2.0 * np.tanh(linear / 2.0))
+    assert abs(linear).max() > 4 > 2 >= abs(output.logits).max()
+
+    plain = tiny.model(zoo.override(config, {"embed_scale": None}))
+    params = {**params, "embed": {"table": 3.0 * params["embed"]["table"]}}
+    scaled, _ = jax.jit(functools.partial(run, protocol.split(plain)[0]))(params)
+    assert_close(scaled.hidden, output.hidden)
+
+
+def test_patterns_of_local_and_global_attention():
+    """Gemma 2 alternates, local first; of Gemma 3's layers every sixth is global."""
+    for name, period in (("gemma2-2b", 2), ("gemma3-1b", 6)):
+        config = zoo.config(name)
+        windows = [mixer.window for mixer in config.mixers()]
+        assert windows == [config.local.window] * (period - 1) + [None]
+    # 26 layers: four groups of six, and two local ones.
+    assert len(abstract("gemma3-1b").stack.tail) == 2
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 0), (1, 65), (1, 2, 3)], ids=str)
@@ -191,7 +255,7 @@ def paths_and_shapes(name) -> dict[str, list[int]]:
     return {path: list(x.shape) for path, x in flat(protocol.split(abstract(name))[1]).items()}
 
 
-@PRESETS
+@FORMS
 def test_parameter_paths_are_public(name):
     expected = json.loads((SNAPSHOTS / f"{name}.json").read_text())
     found = paths_and_shapes(name)
@@ -240,6 +304,13 @@ def dot_flops(jaxpr, times=1) -> int:
             size = equation.invars[0].aval.shape
             total += 2 * times * equation.outvars[0].aval.size * math.prod(
                 size[i] for i in contracted)
+        if equation.primitive.name == "ragged_dot_general":
+            # Each row of the first operand meets one expert's kernel, forwards and backwards.
+            dims = equation.params["ragged_dot_dimension_numbers"]
+            rows, kernel = (x.aval.shape for x in equation.invars[:2])
+            met = {*dims.dot_dimension_numbers[0][1], *dims.rhs_group_dimensions}
+            total += 2 * times * math.prod(rows) * math.prod(
+                n for i, n in enumerate(kernel) if i not in met)
         repeats = times * equation.params.get("length", 1)
         assert equation.primitive.name != "while", "the trip count of a while loop is not known"
         for parameter in equation.params.values():
@@ -250,7 +321,7 @@ def dot_flops(jaxpr, times=1) -> int:
     return total
 
 
-@PRESETS
+@FORMS
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
 def test_flop_formula(name, stacked):
     """Against the matrix products that are traced. There attention fills its whole square, of
@@ -297,6 +368,6 @@ def test_flops_at_full_size():
 
 
 if __name__ == "__main__":
-    for preset in zoo.list():
+    for preset in tiny.forms():
         lines = [f'  "{path}": {shape}' for path, shape in paths_and_shapes(preset).items()]
         (SNAPSHOTS / f"{preset}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")

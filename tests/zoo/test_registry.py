@@ -11,8 +11,9 @@ import pytest
 import sharding
 import zoo
 from layers.attention import Attention
+from layers.moe import Moe
 from layers.norm import Norm
-from layers.rope import Llama3Scaling, Rope, YarnScaling
+from layers.rope import LinearScaling, Llama3Scaling, Rope, YarnScaling
 from layers.stack import to_stacked
 from tests import tiny
 from tests.tolerances import assert_close
@@ -24,8 +25,13 @@ PRESETS = pytest.mark.parametrize("name", zoo.list())
 
 def test_names():
     assert zoo.list() == [
-        "llama-tiny", "llama-60m", "gpt2", "llama3-8b", "llama3-70b", "qwen2.5-7b", "qwen3-0.6b",
-        "qwen3-8b", "mistral-7b",
+        "llama-tiny", "llama-60m", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "llama2-7b",
+        "llama3-8b", "llama3-70b", "llama3.1-8b", "llama3.2-1b", "llama3.2-3b", "qwen2.5-0.5b",
+        "qwen2.5-1.5b", "qwen2.5-7b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b",
+        "qwen3-14b", "qwen3-32b", "qwen3-30b-a3b", "qwen3-235b-a22b", "qwen1.5-moe-a2.7b",
+        "mistral-7b", "mistral-7b-v0.3", "mixtral-8x7b", "mixtral-8x22b", "gemma2-2b",
+        "gemma2-9b", "gemma2-27b", "gemma3-270m", "gemma3-1b", "gemma3-4b", "gemma3-12b",
+        "gemma3-27b",
     ]
 
 
@@ -58,7 +64,7 @@ def test_a_name_is_a_text(name):
 
 
 def test_name_like_nothing():
-    with pytest.raises(ValueError, match="unknown model 'zzz'; known: gpt2, llama-60m"):
+    with pytest.raises(ValueError, match="unknown model 'zzz'; known: gemma2-27b, gemma2-2b,"):
         zoo.config("zzz")
 
 
@@ -116,7 +122,15 @@ def test_overrides_apply_together():
         ({"tie_embeddings": "yes"}, "tie_embeddings is 'yes'; it must be bool"),
         ({"attention.window": "wide"}, "^attention.window is 'wide'; it must be int or NoneType"),
         ({"attention.scale": "inf"}, "^attention.scale is inf; it must be finite"),
-        ({"attention.qk_norm": float("inf")}, "^attention.qk_norm is inf; it must be finite"),
+        ({"attention.qk_norm": 1e-6}, "^attention.qk_norm is 1e-06; it must be Norm or NoneType"),
+        ({"embed_scale": "inf"}, "^embed_scale is inf; it must be finite"),
+        ({"embed_scale": 0}, "^embed_scale is 0.0; it must be positive, or none"),
+        ({"logit_softcap": -3}, "^logit_softcap is -3.0; it must be positive, or none"),
+        ({"local_layers": 1}, "local_layers is 1 and local is None; give both, or 0 and none"),
+        ({"local": Attention(4, 4, 8)}, "local_layers is 0 and local is Attention.*; give both"),
+        ({"local_layers": -1}, "local_layers is -1; it must be 0 or more"),
+        ({"mlp": None}, "mlp cannot be none; it is a Mlp or Moe"),
+        ({"mlp.num_experts": 3}, "mlp has no field 'num_experts'"),
         ({"attention.scale": "nan"}, "attention.scale is nan; it must be"),
         ({"attention": Attention(4, 2, 8, rope=Rope(float("inf")))},
          "^attention.rope.theta is inf; it must be finite"),
@@ -146,9 +160,14 @@ def test_round_trip(name):
 
 
 def test_round_trip_of_every_option():
-    for scaling in (Llama3Scaling(32.0), YarnScaling(8.0, original_length=4096)):
-        attention = Attention(4, 2, 8, 6, Rope(1e6, scaling), 3, 1e-5, 20.0, 0.1, True, True)
-        config = zoo.config("gpt2", attention=attention)
+    for scaling in (LinearScaling(2.0), Llama3Scaling(32.0),
+                    YarnScaling(8.0, original_length=4096)):
+        attention = Attention(4, 2, 8, 6, Rope(1e6, scaling), 3, Norm("rms", 1e-5, offset=1.0),
+                              20.0, 0.1, True, True)
+        config = zoo.config(
+            "gpt2", attention=attention, local=attention, local_layers=2, post_norms=True,
+            embed_scale=3.0, logit_softcap=4.0,
+            mlp=Moe(5, 2, 4, "gelu", False, 6, 0.1, 0.2))
         assert zoo.from_dict(json.loads(json.dumps(zoo.to_dict(config)))) == config
 
 

@@ -1,0 +1,363 @@
+"""Models in and out of directories: to the bit, whole or not at all, and damage is noticed."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import sharding
+import zoo
+from tests import tiny
+from zoo import convert, protocol
+from zoo.convert.source import choose_family, open_source
+
+# One of each table and each of its options.
+NAMES = ("llama-tiny", "qwen2.5-0.5b", "qwen3-8b", "mistral-7b", "gemma2-2b", "gemma3-1b",
+         "mixtral-8x7b", "qwen3-30b-a3b", "qwen1.5-moe-a2.7b", "gpt2")
+
+
+def tiny_model(name, stacked=False, **overrides):
+    """Small, but with what the family's config.json has no two keys for: one epsilon, one theta."""
+    config = tiny.config(name, **overrides)
+    full = zoo.config(name)
+    same = {"norm.eps": full.norm.eps}
+    for kind in ("attention", "local"):
+        if getattr(full, kind) is not None and getattr(full, kind).rope is not None:
+            same[f"{kind}.rope.theta"] = getattr(full, kind).rope.theta
+    return tiny.model(zoo.override(config, same), stacked)
+
+
+def flat(model) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(protocol.to_stacked(protocol.split(model)[1]))
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): np.asarray(x) for k, x in leaves}
+
+
+def assert_same(one, other) -> None:
+    a, b = flat(one), flat(other)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype and np.array_equal(a[path], b[path]), path
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A Llama as Hugging Face has it, and the model it was written from. Copy it to change it."""
+    model = tiny_model("llama-tiny", tie_embeddings=False)
+    folder = tmp_path_factory.mktemp("theirs") / "llama"
+    convert.to_hf(model, folder)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    return folder, model
+
+
+@pytest.fixture
+def copy(theirs, tmp_path):
+    return shutil.copytree(theirs[0], tmp_path / "copy")
+
+
+def change(folder, tensors=None, **settings) -> None:
+    """Rewrites a directory's tensors by a function of their dict, and keys of its config."""
+    if tensors is not None:
+        path = folder / "model.safetensors"
+        found = load_file(path)
+        path.unlink()
+        save_file(tensors(found) or found, path)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trips_are_bitwise(name, tmp_path):
+    """From either form in memory to theirs and ours, and back into the other form."""
+    model = tiny_model(name)
+    convert.to_hf(model, tmp_path / "theirs")
+    convert.save(tiny_model(name, stacked=True), tmp_path / "ours")
+    assert_same(model, convert.from_hf(tmp_path / "theirs", stacked=True))
+    assert_same(model, convert.load(tmp_path / "ours"))
+    assert convert.load_config(tmp_path / "ours") == model.config
+    convert.to_hf(convert.load(tmp_path / "ours", stacked=True), tmp_path / "again")
+    one, other = (load_file(tmp_path / d / "model.safetensors") for d in ("theirs", "again"))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("name", ["qwen3-8b", "mixtral-8x7b"])
+def test_onto_a_mesh(name, stacked, tmp_path, monkeypatch):
+    """Each device gets its own part, and nothing is read that no device holds."""
+    model = tiny_model(name)
+    convert.to_hf(model, tmp_path / "theirs")
+    mesh = sharding.mesh(tiny.MESH)
+    read = []
+    found = convert.load(tmp_path / "theirs", mesh=mesh, rules="fsdp_tp", stacked=stacked,
+                         progress=read.append)
+    assert_same(model, found)
+    built = zoo.build(model.config, mesh=mesh, rules="fsdp_tp", abstract=True, stacked=stacked)
+    for a, b in zip(*(jax.tree.leaves(protocol.split(m)[1]) for m in (found, built)), strict=True):
+        assert a.sharding == b.sharding
+        assert a.addressable_shards[0].data.shape == b.sharding.shard_shape(b.shape)
+    total = sum(x.nbytes for x in flat(model).values())
+    assert sum(read) == total
+
+
+def test_bfloat16(tmp_path):
+    model = tiny_model("llama-tiny")
+    convert.to_hf(model, tmp_path / "half", dtype="bfloat16")
+    half = convert.load(tmp_path / "half")
+    assert {x.dtype.name for x in flat(half).values()} == {"bfloat16"}
+    expected = {path: x.astype("bfloat16") for path, x in flat(model).items()}
+    assert all(np.array_equal(x, expected[path]) for path, x in flat(half).items())
+    assert flat(convert.load(tmp_path / "half", dtype="float32"))["norm/scale"].dtype == np.float32
+
+
+def test_what_comes_along(theirs, tmp_path):
+    """Tokenizer, template and ids of special tokens, through our own directory and back."""
+    folder = shutil.copytree(theirs[0], tmp_path / "theirs")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    change(folder, bos_token_id=3, eos_token_id=[7, 9])
+    convert.save(convert.from_hf(folder), tmp_path / "ours", like=folder)
+    convert.to_hf(convert.load(tmp_path / "ours"), tmp_path / "back", like=tmp_path / "ours")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (3, [7, 9])
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", zoo.list())
+def test_every_preset_has_a_config_json_that_means_the_same(name):
+    config = zoo.config(name)
+    family = choose_family(config)
+    values = family.settings(config)
+    back = family.config(json.loads(json.dumps(values)), "there")
+    assert family.comparable(back) == family.comparable(config)
+
+
+LLAMA_31_8B = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+    "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3", "use_cache": True, "vocab_size": 128256,
+}  # fmt: skip
+QWEN_25_7B = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02,
+    "intermediate_size": 18944, "max_position_embeddings": 131072, "max_window_layers": 28,
+    "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1", "use_cache": True, "use_mrope": False,
+    "use_sliding_window": False, "vocab_size": 152064,
+}  # fmt: skip
+MIXTRAL_8X7B = {
+    "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mixtral",
+    "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+    "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
+}  # fmt: skip
+GEMMA_3_1B = {
+    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+    "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+    "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+    "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+    "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0", "use_cache": True, "vocab_size": 262144,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "preset"), [
+    (LLAMA_31_8B, "llama3.1-8b"), (QWEN_25_7B, "qwen2.5-7b"), (MIXTRAL_8X7B, "mixtral-8x7b"),
+    (GEMMA_3_1B, "gemma3-1b"),
+])
+def test_published_config_jsons_are_the_presets(values, preset, tmp_path, caplog):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found, expected = convert.load_config(tmp_path), zoo.config(preset)
+    family = choose_family(expected)
+    # The preset has the length of the model's card, the file that of its rope.
+    found = dataclasses.replace(found, max_length=expected.max_length)
+    assert family.comparable(found) == family.comparable(expected)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING
+                and "use_mrope" not in r.message]
+
+
+def test_all_problems_at_once(copy):
+    def damage(tensors):
+        tensors["model.layers.1.mlp.gate_projection.weight"] = tensors.pop(
+            "model.layers.1.mlp.gate_proj.weight")
+        key = "model.layers.0.self_attn.o_proj.weight"
+        tensors[key] = tensors[key][:, :-1].copy()
+        tensors["visual.patch.weight"] = np.zeros(3, np.float32)
+        tensors["model.norm.weight"] = np.zeros(32, np.int8)
+
+    change(copy, damage)
+    with pytest.raises(ValueError) as error:
+        convert.from_hf(copy)
+    text = str(error.value)
+    assert "5 problems" in text
+    assert ("'model.layers.1.mlp.gate_proj.weight' [48, 32] is missing (for stack/blocks/0/mlp/"
+            "gate/kernel); the nearest is 'model.layers.1.mlp.gate_projection.weight'") in text
+    assert "is [32, 31]; the config makes it [32, 32]" in text
+    assert "'visual.patch.weight' [3] has no place in the model" in text
+    assert "'model.norm.weight' is int8" in text
+
+
+def test_a_head_that_is_tied_and_stored(copy):
+    def tie(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    change(copy, tie, tie_word_embeddings=True)
+    assert "head" not in flat(convert.from_hf(copy))
+
+    def untie(tensors):
+        tensors["lm_head.weight"][0, 0] += 1
+
+    change(copy, untie)
+    with pytest.raises(ValueError, match="holds other numbers; set tie_word_embeddings to false"):
+        convert.from_hf(copy)
+
+
+def test_buffers_of_old_checkpoints_are_left_out(copy):
+    change(copy, lambda t: t.update({
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}))
+    convert.from_hf(copy)
+
+
+def test_numbers_that_are_not_finite_warn(copy, caplog):
+    def damage(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+
+    change(copy, damage)
+    convert.from_hf(copy)
+    assert "not finite in stack/layers/1/0/mlp/up/kernel" in caplog.text
+
+
+BAD_CONFIGS = {
+    "model_type": ({"model_type": "lama"}, "model_type 'lama'; did you mean 'llama'"),
+    "no type": ({"model_type": None}, "model_type None"),
+    "lacks": ({"hidden_size": None}, "lacks 'hidden_size'; it must be an integer from 1"),
+    "text": ({"hidden_size": "32"}, "hidden_size = '32'; it must be an integer"),
+    "flag": ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1; it must be true or false"),
+    "bool": ({"num_hidden_layers": True}, "num_hidden_layers = True; it must be an integer"),
+    "negative": ({"num_hidden_layers": -1}, "num_hidden_layers = -1; it must be an integer"),
+    "many layers": ({"num_hidden_layers": 10**9}, "says 1000000000 layers, and there are 21 ten"),
+    "wide": ({"hidden_size": 1 << 32, "head_dim": 8}, "problems with its tensors|no array"),
+    "infinite": ({"rms_norm_eps": 1e999}, "rms_norm_eps = inf; it must be a finite number"),
+    "heads": ({"num_key_value_heads": 3}, "num_heads is 4, which does not divide by"),
+    "activation": ({"hidden_act": "mish"}, "hidden_act is 'mish'; what can be converted is silu"),
+    "rope": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+    "rope list": ({"rope_scaling": [1]}, r"rope_scaling = \[1\]; it must be an object"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "not quantised"),
+    "other sizes": ({"intermediate_size": 50}, r"the config makes it \[50, 32\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_configs(case, copy):
+    values, message = BAD_CONFIGS[case]
+    change(copy, **values)
+    with pytest.raises(ValueError, match=message):
+        convert.load(copy)
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_config_that_is_no_json(text, copy):
+    (copy / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="config.json (is no JSON|holds no JSON object)"):
+        convert.load(copy)
+
+
+def test_directories_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match="is no directory"):
+        convert.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        convert.load(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "swap", "lose"])
+def test_damage_to_our_own_files_is_noticed(how, tmp_path):
+    convert.save(tiny_model("llama-tiny"), tmp_path / "ours")
+    path = tmp_path / "ours" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[-5] ^= 1
+    elif how == "cut":
+        data = data[:-4]
+    elif how == "swap":
+        path = tmp_path / "ours" / "config.json"
+        data = path.read_bytes().replace(b'"rms"', b'"rmz"')
+    path.unlink() if how == "lose" else path.write_bytes(data)
+    with pytest.raises(ValueError, match="copy the whole directory again"):
+        convert.load(tmp_path / "ours")
+
+
+def test_a_later_format(tmp_path):
+    convert.save(tiny_model("llama-tiny"), tmp_path / "ours")
+    change(tmp_path / "ours", format_version=99)
+    with pytest.raises(ValueError, match="format_version 99; this version of parazoo reads 1"):
+        convert.load(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"not of Hugging Face but of zoo\.save"):
+        convert.from_hf(tmp_path / "ours")
+
+
+def test_a_name_that_is_taken(theirs, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    with pytest.raises(ValueError, match="exists already; give the name of a new directory"):
+        convert.to_hf(theirs[1], tmp_path / "taken")
+    assert (tmp_path / "taken" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_nothing(error, theirs, tmp_path, monkeypatch):
+    from zoo.convert import saving
+
+    def fail(*args, **kwargs):
+        (args[0] / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(saving.safetensors, "write", fail)
+    with pytest.raises(type(error)):
+        convert.to_hf(theirs[1], tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_kill_left_is_replaced(theirs, tmp_path):
+    (tmp_path / "new.unfinished").mkdir()
+    (tmp_path / "new.unfinished" / "model.safetensors").write_bytes(b"half")
+    convert.to_hf(theirs[1], tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]
+    assert_same(theirs[1], convert.from_hf(tmp_path / "new"))
+
+
+def test_a_config_that_no_one_else_has(tmp_path):
+    model = tiny_model("llama-tiny", **{"attention.softcap": 3.0})
+    with pytest.raises(ValueError) as error:
+        convert.to_hf(model, tmp_path / "new")
+    assert "llama: attention.softcap is 3.0; what can be converted is None" in str(error.value)
+    assert "gemma2: norm.offset is 0.0" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_opening_closes_its_files(theirs):
+    with open_source(theirs[0]) as source:
+        weights = source.weights
+        weights.read("model.norm.weight")
+    with pytest.raises((ValueError, OSError)):
+        weights.read("model.norm.weight")

@@ -1,0 +1,133 @@
+"""Models from directories: every tensor goes straight to the devices that hold its parts."""
+
+import functools
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zoo import protocol, registry
+from zoo.convert.source import Source, is_native, open_source
+from zoo.convert.table import Piece
+
+_LOG = logging.getLogger(__name__)
+
+
+def load(directory: str | os.PathLike, mesh=None, rules=None, dtype=None,
+         stacked: bool | None = None, remat: str = "none",
+         progress: Callable[[int], None] | None = None):
+    """The model in a directory, one of `zoo.save` or one of Hugging Face's.
+
+    Each process reads the byte ranges that its devices hold, tensor by tensor.
+
+    Args:
+      directory: holds config.json and *.safetensors.
+      mesh, rules, stacked, remat: as of `zoo.build`.
+      dtype: of the parameters, float32 or bfloat16; None: bfloat16 where all are stored so, else
+        float32.
+      progress: called with the bytes of each tensor read.
+
+    Returns:
+      The model, as of `zoo.build`.
+
+    Raises:
+      ValueError: a directory that is damaged, unknown or does not match its config; with its
+        tensors, all problems at once.
+    """
+    with open_source(directory) as source:
+        return _load(source, mesh, rules, source.dtype if dtype is None else dtype, stacked,
+                     remat, progress or (lambda count: None))
+
+
+def from_hf(directory: str | os.PathLike, mesh=None, rules=None, dtype=None,
+            stacked: bool | None = None, remat: str = "none"):
+    """The model in a directory of Hugging Face's; otherwise as `load`."""
+    folder = Path(directory).expanduser()
+    if is_native(folder):
+        raise ValueError(f"{folder} is not of Hugging Face but of zoo.save; use zoo.load")
+    return load(folder, mesh, rules, dtype, stacked, remat)
+
+
+def _load(source: Source, mesh, rules, dtype, stacked, remat, progress):
+    model = registry.build(source.config, 0, mesh, rules, dtype, abstract=True, stacked=stacked,
+                           remat=remat)
+    definition, abstract = protocol.split(model)
+    finite: dict[str, jax.Array] = {}
+
+    def make(path, like):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        listed = re.fullmatch(r"stack/layers/(\d+)/(.*)", path)
+        name = f"stack/blocks/{listed[2]}" if listed else path
+        pieces = source.table.parameters[name]
+        if listed:
+            pieces = [piece for piece in pieces if piece.at[0] == int(listed[1])]
+        leaf = _leaf(source, pieces, 1 if listed else 0, like, progress)
+        finite[path] = _finite(leaf)
+        return leaf
+
+    params = jax.tree_util.tree_map_with_path(make, abstract)
+    bad = [path for path, fine in jax.device_get(finite).items() if not fine]
+    if bad:
+        _LOG.warning("%s: numbers that are not finite in %s", source.folder, ", ".join(bad))
+    return protocol.merge(definition, params)
+
+
+@jax.jit
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(x))
+
+
+def _leaf(source: Source, pieces: list[Piece], skip: int, like: jax.ShapeDtypeStruct, progress
+          ) -> jax.Array:
+    """A parameter from its pieces, whose index along its leading axes is ``at[skip:]``."""
+    if len(pieces) == 1 and not pieces[0].at[skip:]:
+        leaf = _put(source, pieces[0], like.sharding, progress)
+        if leaf.dtype == like.dtype:
+            return leaf
+        return jax.jit(lambda x: x.astype(like.dtype), out_shardings=like.sharding,
+                       donate_argnums=0)(leaf)
+    leaf = _zeros(like.shape, like.dtype, like.sharding)()
+    for piece in pieces:
+        at = piece.at[skip:]
+        spec = (*like.sharding.spec, *[None] * len(like.shape))[len(at):len(like.shape)]
+        part = _put(source, piece, NamedSharding(like.sharding.mesh, P(*spec)), progress)
+        leaf = _update(like.sharding)(leaf, part, np.array(at, np.int32))
+    return leaf
+
+
+def _put(source: Source, piece: Piece, layout, progress) -> jax.Array:
+    seen: dict[tuple, np.ndarray] = {}
+
+    def part(index):
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in seen:
+            seen[key] = piece.read(source.weights, index)
+            progress(seen[key].nbytes)
+        return seen[key]
+
+    return jax.make_array_from_callback(piece.shape, layout, part)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(shape, dtype, layout):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=layout)
+
+
+@functools.lru_cache(maxsize=64)
+def _update(layout):
+    """The jitted ``(whole, part, index) -> whole``, in place."""
+    def update(whole, part, index):
+        lead = index.shape[0]
+        start = [*(index[i] for i in range(lead)), *[0] * part.ndim]
+        part = part.astype(whole.dtype).reshape((1,) * lead + part.shape)
+        return lax.dynamic_update_slice(whole, part, start)
+
+    return jax.jit(update, out_shardings=layout, donate_argnums=0)

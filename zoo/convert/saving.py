@@ -1,0 +1,176 @@
+"""Models into directories: our own, and those that Hugging Face's libraries load as they are."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo import protocol, registry
+from zoo.convert import directory, safetensors
+from zoo.convert.source import (
+    FORMAT,
+    FORMAT_VERSION,
+    THEIRS,
+    Source,
+    choose_family,
+    is_native,
+    parameter_shapes,
+)
+from zoo.convert.table import Piece, Table, tensor_blocks
+
+DTYPES: Mapping[str, np.dtype] = {
+    name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
+# A config.json of Hugging Face's says these of a model, and our configs do not.
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
+
+
+def save(model, folder: str | os.PathLike, dtype=None, like: str | os.PathLike | None = None
+         ) -> None:
+    """Writes a model to a new directory, for `zoo.load`.
+
+    Args:
+      model: of `zoo.build` or `zoo.load`.
+      folder: a name that is not taken. It appears when all is written.
+      dtype: of the numbers there, as "bfloat16"; None: the model's.
+      like: a model's directory whose tokenizer and settings of generation come along.
+
+    Raises:
+      ValueError: the name is taken, or arrays are spread over several processes.
+      OSError: such as a full disk; nothing is left behind.
+    """
+    write_native(folder, model.config, _from_model(model), _dtype(model, dtype), like)
+
+
+def to_hf(model, folder: str | os.PathLike, dtype=None, like: str | os.PathLike | None = None
+          ) -> None:
+    """Writes a model to a new directory that transformers' ``from_pretrained`` loads.
+
+    Args and errors are those of `save`; also ValueError for a config that no model of Hugging
+    Face's can have, with the reason of each.
+    """
+    write_hf(folder, model.config, _from_model(model), _dtype(model, dtype), like)
+
+
+Get = Callable[[Piece], np.ndarray]
+
+
+def write_native(folder, config: Any, get: Get, dtype: np.dtype, like=None,
+                 progress: Callable[[int], None] | None = None) -> None:
+    """See `save`; ``get(piece)`` gives a part of a parameter."""
+    table = Table.identity(parameter_shapes(config))
+    like = None if like is None else Path(like).expanduser()
+    with directory.create(folder) as part:
+        directory.write_json(part / "config.json", {
+            "format": FORMAT, "format_version": FORMAT_VERSION,
+            "model": registry.to_dict(config)})
+        if theirs := _theirs(like):
+            directory.write_json(part / THEIRS, theirs)
+        if like is not None:
+            directory.carry(like, part)
+        _write(part, table, get, dtype, progress, {"format": FORMAT})
+        directory.write_manifest(part)
+
+
+def write_hf(folder, config: Any, get: Get, dtype: np.dtype, like=None,
+             progress: Callable[[int], None] | None = None) -> None:
+    """See `to_hf`; ``get(piece)`` gives a part of a parameter."""
+    like = None if like is None else Path(like).expanduser()
+    theirs = _theirs(like)
+    family = choose_family(config, theirs.get("model_type"))
+    table = Table(family.rules, parameter_shapes(config), len(config.mixers()))
+    table.check_complete()
+    kept = {key: theirs[key] for key in _KEPT if key in theirs}
+    with directory.create(folder) as part:
+        directory.write_json(part / "config.json", {
+            **kept, **family.settings(config), "torch_dtype": np.dtype(dtype).name})
+        if like is not None:
+            directory.carry(like, part)
+        _write(part, table, get, dtype, progress, {"format": "pt"})
+
+
+def _theirs(like: Path | None) -> dict[str, Any]:
+    """The config.json of Hugging Face's that a directory has or came with."""
+    if like is None or not (like / "config.json").is_file():
+        return {}
+    if not is_native(like):
+        return directory.read_json(like / "config.json")
+    return directory.read_json(like / THEIRS) if (like / THEIRS).is_file() else {}
+
+
+def _write(part: Path, table: Table, get: Get, dtype, progress, metadata) -> None:
+    def produce(key: str) -> Iterator[np.ndarray]:
+        return tensor_blocks(table.tensors[key][1], get, dtype)
+
+    tensors = {key: (dtype, shape) for key, (shape, _) in table.tensors.items()}
+    safetensors.write(part, tensors, produce, metadata=metadata, progress=progress)
+
+
+def _dtype(model, dtype) -> np.dtype:
+    if dtype is None:
+        return jax.tree.leaves(protocol.split(model)[1])[0].dtype
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(DTYPES)}")
+    return found
+
+
+def _from_model(model) -> Get:
+    _, params = protocol.split(model)
+    if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
+        raise ValueError("the parameters are spread over several processes; load the checkpoint "
+                         "in one process to write it")
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): x
+              for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+    def get(piece: Piece) -> np.ndarray:
+        path, at = piece.path, piece.at
+        if path not in leaves:  # the list form
+            path = path.replace("stack/blocks/", f"stack/layers/{at[0]}/", 1)
+            at = at[1:]
+        return np.asarray(leaves[path][at] if at else leaves[path])
+
+    return get
+
+
+def from_source(source: Source) -> Get:
+    """Parts of parameters from an opened directory."""
+    def get(piece: Piece) -> np.ndarray:
+        return source.table.read(source.weights, piece.path, piece.at)
+
+    return get
+
+
+def compare(one: Source, other: Source, dtype: np.dtype,
+            progress: Callable[[int], None] | None = None) -> Iterator[tuple[str, str]]:
+    """(path, what is wrong) of every part of a parameter that two directories hold differently.
+
+    `dtype`: to which the numbers were cast on the way.
+    """
+    finer = max((one, other), key=lambda source: len(source.table.tensors))
+    return _compare(finer, from_source(one), from_source(other), dtype, progress)
+
+
+def compare_with_model(model, target: Source, dtype: np.dtype | None) -> Iterator[tuple[str, str]]:
+    """The same of a model and a directory that it was written to."""
+    return _compare(target, _from_model(model), from_source(target), _dtype(model, dtype), None)
+
+
+def _compare(finer, one: Get, other: Get, dtype, progress) -> Iterator[tuple[str, str]]:
+    for path, pieces in finer.table.parameters.items():
+        for piece in pieces:
+            a, b = one(piece), other(piece)
+            if not np.array_equal(_bits(a.astype(dtype)), _bits(b.astype(dtype))):
+                yield path, f"{list(piece.at)} differs" if piece.at else "differs"
+            if progress is not None:
+                progress(a.nbytes)
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return x.view(f"u{x.itemsize}")

@@ -1,0 +1,174 @@
+"""A directory with a model's config and weights, ours or Hugging Face's, opened and checked."""
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from zoo import protocol, registry
+from zoo.convert import directory
+from zoo.convert.family import Family
+from zoo.convert.safetensors import Weights
+from zoo.convert.table import DTYPES, ConversionError, Table
+
+FORMAT, FORMAT_VERSION = "parazoo", 1
+# Modules with FAMILIES, each the tables of one of our model families.
+_TABLES = ("zoo.convert.transformer",)
+# Beside our own config.json: the one that the weights came with, for the way back.
+THEIRS = "huggingface_config.json"
+
+
+def families() -> list[Family]:
+    """All kinds of checkpoints that there are tables for, in the order an export tries them."""
+    return [family for name in _TABLES for family in importlib.import_module(name).FAMILIES]
+
+
+def parameter_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of a config's parameters by path, in the stacked layout."""
+    try:
+        model = jax.eval_shape(
+            lambda: protocol.split(config.build(key=jax.random.key(0), stacked=True))[1])
+    except (OverflowError, TypeError) as error:
+        raise ConversionError(f"the config has sizes that no array can have: {error}") from None
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened directory.
+
+    Attributes:
+      folder: its path.
+      config: of our model.
+      weights: its tensors.
+      table: what they hold.
+      family: of Hugging Face's; None: the directory is ours.
+      theirs: the config.json of Hugging Face that it has or came with, else {}.
+    """
+
+    folder: Path
+    config: Any
+    weights: Weights
+    table: Table
+    family: Family | None
+    theirs: Mapping[str, Any]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.weights.close()
+
+    @property
+    def dtype(self) -> np.dtype:
+        """bfloat16 where all weights are, else float32."""
+        kinds = {self.weights[key].dtype for key in self.table.tensors}
+        return kinds.pop() if kinds == {DTYPES[-1]} else np.dtype(np.float32)
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a directory was written by `zoo.save`, going by its config.json."""
+    return directory.read_json(folder / "config.json").get("format") == FORMAT
+
+
+def load_config(folder: str | os.PathLike) -> Any:
+    """The config of the model in a directory, ours or Hugging Face's; see `open_source`."""
+    folder = Path(folder).expanduser()
+    return _config(folder, directory.read_json(folder / "config.json"))[0]
+
+
+def _config(folder: Path, values: Mapping[str, Any]) -> tuple[Any, Family | None]:
+    where = folder / "config.json"
+    if values.get("format") == FORMAT:
+        _check_version(where, values)
+        try:
+            return registry.from_dict(values["model"]), None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConversionError(f"{where}: {error}") from None
+    kind = values.get("model_type")
+    known = {name: family for family in families()
+             for name in (family.model_type, family.nested_type) if name is not None}
+    if not isinstance(kind, str) or kind not in known:
+        hint = registry.suggest(str(kind), known)
+        raise ConversionError(f"{where} has model_type {kind!r}{hint}")
+    return known[kind].config(values, str(where)), known[kind]
+
+
+def _check_version(where: Path, values: Mapping[str, Any]) -> None:
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ConversionError(
+            f"{where} has format_version {values.get('format_version')!r}; this version of "
+            f"parazoo reads {FORMAT_VERSION}: install the one that wrote it")
+
+
+def open_source(folder: str | os.PathLike, verify: bool = True) -> Source:
+    """Opens a directory of ours or of Hugging Face's and checks it, before a weight is read.
+
+    Args:
+      folder: holds config.json and *.safetensors.
+      verify: compares our own files with the checksums that were written beside them.
+
+    Raises:
+      ValueError: whatever is wrong with it; with its tensors, all problems at once.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no directory; give one with config.json and *.safetensors")
+    values = directory.read_json(folder / "config.json")
+    if verify and values.get("format") == FORMAT:
+        _check_version(folder / "config.json", values)
+        directory.verify(folder)
+    config, family = _config(folder, values)
+    weights = Weights(folder)
+    try:
+        layers = getattr(config, "num_layers", 0)
+        if family is not None and layers > len(weights):
+            raise ConversionError(f"{folder / 'config.json'} says {layers} layers, and there are "
+                                  f"{len(weights)} tensors; this is the config of another model")
+        shapes = parameter_shapes(config)
+        if family is None:
+            table, ignored = Table.identity(shapes), ()
+            theirs = folder / THEIRS
+            values = directory.read_json(theirs) if theirs.is_file() else {}
+        else:
+            table = Table(family.rules_for(weights), shapes, len(config.mixers()), weights)
+            ignored = (*family.ignored, *_tied(family, config, weights, folder))
+        table.check(weights, folder, ignored)
+    except BaseException:
+        weights.close()
+        raise
+    return Source(folder, config, weights, table, family, values)
+
+
+def _tied(family: Family, config: Any, weights: Weights, folder: Path) -> tuple[str, ...]:
+    """The pattern of a head that is stored though it is the token table."""
+    rules = family.rules_for(weights)
+    head = next((rule.theirs for rule in rules if rule.ours == "head"), None)
+    if not getattr(config, "tie_embeddings", False) or head not in weights:
+        return ()
+    table = rules[0].theirs
+    if table in weights and weights.checksum(head) != weights.checksum(table):
+        raise ConversionError(f"{folder}: config.json ties the head to {table!r}, and {head!r} "
+                              "holds other numbers; set tie_word_embeddings to false there")
+    return (head.replace(".", r"\."),)
+
+
+def choose_family(config: Any, model_type: str | None = None) -> Family:
+    """The kind of checkpoint that a config can be written as.
+
+    `model_type` is tried first. Raises ConversionError with what keeps each one from it.
+    """
+    reasons = []
+    for family in sorted(families(), key=lambda family: family.model_type != model_type):
+        try:
+            family.settings(config)
+            return family
+        except ConversionError as error:
+            reasons.append(f"{family.model_type}: {error}")
+    raise ConversionError("no model of Hugging Face's has this config:\n  " + "\n  ".join(reasons))
