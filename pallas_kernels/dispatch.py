@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels import tuned
@@ -55,12 +56,14 @@ class Target:
         """From a chip's name: "cpu", "v5p", "h200"."""
         if name in _CHIPS.values():
             return cls("tpu", name)
-        if re.fullmatch(r"[a-z]+\d+", name):
+        # TPUs' names are all known: "v5" is no GPU.
+        if re.fullmatch(r"(?!v\d|tpu)[a-z]+\d+", name):
             return cls("gpu", name)
         if name == "cpu":
             return cls("cpu", name)
-        raise ValueError(f"target {name!r} must be cpu, a TPU ({', '.join(_CHIPS.values())}) or a "
-                         "GPU such as h100 or h200")
+        raise ValueError(f"target {name!r} must be cpu, a TPU "
+                         f"({', '.join(dict.fromkeys(_CHIPS.values()))}) or a GPU such as h100 "
+                         "or h200")
 
     @classmethod
     def of(cls, platform: str, kind: str) -> "Target":
@@ -156,6 +159,12 @@ class Candidate:
     milliseconds: float | None = None
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def why(self) -> str:
+        """What it stands in its place for, among those that can run."""
+        return ("preferred" if self.milliseconds is None
+                else f"measured {self.milliseconds:.3g} ms")
+
 
 class Op:
     """A per-shard function with several implementations; `op` makes one.
@@ -182,14 +191,24 @@ class Op:
             raise ValueError(f"{self.__name__} has no implementation {implementation!r}, only "
                              f"{', '.join(self.names)}{hint}")
 
+    def named(self) -> str | None:
+        """The implementation that an enclosing `using` names."""
+        return dict(_USING.value).get(self.__name__)
+
     def module(self, name: str) -> ModuleType:
         """The module of one of its files, e.g. "xla", "reference" or "cases"."""
         return importlib.import_module(f"{self.__module__}.{name}")
 
     def bind(self, *operands, **options) -> tuple[tuple, dict[str, Any]]:
-        """All operands and options, defaults included, once they are found to fit together."""
+        """All operands and options, defaults included, once they are found to fit together.
+
+        Raises ValueError where they do not, or where an operand has no elements.
+        """
         bound = self._signature.bind(*operands, **options)
         bound.apply_defaults()
+        if any(x is not None and 0 in x.shape for x in bound.args):
+            raise ValueError(f"{self.__name__}: {_shapes(bound.args)}: every dimension must be at "
+                             "least 1; leave out what is empty")
         self._check(*bound.args, **bound.kwargs)
         return bound.args, bound.kwargs
 
@@ -220,18 +239,19 @@ class Op:
           NotImplementedError: it cannot run, or none can; lists each one's reason.
         """
         if implementation is None:
-            implementation = dict(_USING.value).get(self.__name__)
+            implementation = self.named()
         self.check_name(implementation)
         candidates = self.candidates(target, *operands, **options)
         fit = [c for c in candidates
                if c.reason is None and implementation in (None, c.name)]
         if not fit:
-            asked = "no implementation" if implementation is None else repr(implementation)
+            asked = ("no implementation runs" if implementation is None
+                     else f"{implementation!r} cannot run")
             raise NotImplementedError(
-                f"{self.__name__}: {asked} cannot run for {_shapes(operands)} on {target.chip}. "
+                f"{self.__name__}: {asked} for {_shapes(operands)} on {target.chip}. "
                 + "; ".join(f"{c.name}: {c.reason or 'can'}" for c in candidates))
         if implementation is None:
-            _log_once(self.__name__, target, fit[0].name, fit[0].milliseconds,
+            _log_once(self.__name__, target, fit[0].name, fit[0].why,
                       tuple((c.name, c.reason) for c in candidates if c.reason is not None))
         return fit[0]
 
@@ -246,9 +266,15 @@ def _shapes(operands) -> str:
     return ", ".join("None" if x is None else f"{x.dtype}{list(x.shape)}" for x in operands)
 
 
+def refuse_other_than_floats(**operands: jax.Array) -> str | None:
+    """A `supports` of everything that has a gradient: names the operands that have none."""
+    wrong = [f"{name} is {x.dtype}" for name, x in operands.items()
+             if not jnp.issubdtype(x.dtype, jnp.floating)]
+    return f"{', '.join(wrong)}; it takes floating dtypes" if wrong else None
+
+
 @functools.cache
-def _log_once(op, target, chosen, milliseconds, refused) -> None:
-    why = "preferred" if milliseconds is None else f"measured {milliseconds:.3g} ms"
+def _log_once(op, target, chosen, why, refused) -> None:
     others = "; ".join(f"{name}: {reason}" for name, reason in refused)
     _LOG.info("%s on %s: %s (%s)%s", op, target.chip, chosen, why, f". {others}" if others else "")
 
@@ -292,6 +318,8 @@ def ops() -> dict[str, Op]:
 def explain(op: Op | str, *operands, target: str | None = None, **options) -> None:
     """Prints which implementation of an op runs for a target, and why the others do not.
 
+    Inside `using` it is the one named there, if that can.
+
     Args:
       op: the op or its name.
       *operands: arrays or ``jax.ShapeDtypeStruct``s, and the op's options by name.
@@ -302,7 +330,13 @@ def explain(op: Op | str, *operands, target: str | None = None, **options) -> No
     chip = Target.ambient() if target is None else Target.parse(target)
     candidates = op.candidates(chip, *operands, **options)
     print(f"{op.__name__}({_shapes(operands)}) on {chip.chip}")
-    for i, c in enumerate(candidates):
-        verdict = c.reason or ("chosen" if i == 0 else "can")
-        time = "" if c.milliseconds is None else f", measured {c.milliseconds:.3g} ms"
-        print(f"  {c.name:10} {verdict}{time}")
+    named = op.named()
+    chosen = next((c for c in candidates if c.reason is None and named in (None, c.name)), None)
+    for c in candidates:
+        if c is chosen:
+            verdict = f"chosen ({c.why if named is None else 'named by using'})"
+        else:
+            verdict = c.reason or ("can" if c.milliseconds is None else f"can ({c.why})")
+        print(f"  {c.name:10} {verdict}")
+    if chosen is None and named is not None:
+        print(f"  {named!r}, named by using, cannot run: the call would raise")

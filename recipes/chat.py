@@ -65,7 +65,8 @@ def render(text: str, messages: Sequence[Mapping[str, str]], special: Mapping[st
                      "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
     try:
         return room.from_string(text).render(
-            messages=list(messages), add_generation_prompt=True, **special)
+            messages=list(messages), tools=None, documents=None, add_generation_prompt=True,
+            **special)
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
             TypeError, ValueError) as error:
         raise ValueError(f"the chat template cannot be used: {error}") from None

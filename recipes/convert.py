@@ -28,8 +28,8 @@ with command.group("What"):
                            "Of what kind the new directory is: native or hf.")
     OUT = flags.DEFINE_string("out", None, "Its name; there must be nothing of it yet. Needed.")
     DTYPE = flags.DEFINE_enum("dtype", None, list(saving.DTYPES),
-                              "Of the numbers written; left out, bfloat16 where all are stored "
-                              "so, else float32.")
+                              "Of the numbers written; left out, that of the source's, or "
+                              "float32 where they differ.")
     STEP = flags.DEFINE_integer("step", None, "Of a workdir, which checkpoint; left out, the "
                                 "newest whole one.")
 with command.group("Check"):

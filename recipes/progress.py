@@ -143,9 +143,11 @@ class Bytes:
     def __enter__(self) -> "Bytes":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
         if self._live is not None:
             self._live.stop()
+        if error is not None:
+            return
         seconds = time.monotonic() - self._began
         print(f"{self._what}: {self._done / 1e6:,.0f} MB in {_duration(seconds)}, "
               f"{self._done / 1e6 / max(seconds, 1e-9):,.0f} MB/s", file=sys.stderr, flush=True)

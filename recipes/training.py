@@ -499,8 +499,9 @@ def load_model(
         if step is not None:
             raise ValueError(f"step {step}: {directory} holds a model and not a training run, so "
                              "it has no steps; give none")
+        # The tokenizer first: without one the weights are not worth the wait.
+        tokenizer = load_tokenizer(_find_tokenizer(Path(directory).expanduser()))
         model = zoo.load(directory, mesh=mesh, rules=rules, dtype=dtype, stacked=stacked)
-        tokenizer = load_tokenizer(_find_tokenizer(Path(directory).expanduser(), model.config))
         return model, tokenizer, {}
     with checkpoint.Checkpointer(run) as checkpointer:
         if step is None:
@@ -521,7 +522,7 @@ def find_run(directory: str | os.PathLike) -> Path | None:
     if (folder / "checkpoints").is_dir():
         return folder / "checkpoints"
     if not (folder / workdir.CONFIG).is_file():  # As "checkpoints" itself has none.
-        return folder
+        return None if any(folder.glob("*.safetensors")) else folder
     try:
         record = workdir.read_config(folder)
     except ValueError:  # Whoever loads a model there says what is wrong.
@@ -550,14 +551,14 @@ def _run_tokenizer(run: Path, record: Mapping[str, Any]) -> str:
     return name if name == "bytes" else str(run.absolute().parent / lm.TOKENIZER)
 
 
-def _find_tokenizer(directory: Path, config: Any) -> str:
+def _find_tokenizer(directory: Path) -> str:
     """What `recipes.tokenizer.load` takes, of a model's directory."""
     if (directory / "tokenizer.json").is_file():
         return str(directory)
-    if config.vocab_size == Bytes.vocab_size:
+    if zoo.load_config(directory).vocab_size == Bytes.vocab_size:
         return "bytes"
-    raise ValueError(f"{directory} holds no tokenizer.json; put the model's there, or name it by "
-                     "--tokenizer")
+    raise ValueError(f"{directory} holds no tokenizer.json; put the model's there (of other files "
+                     "transformers' AutoTokenizer makes one: from_pretrained, save_pretrained)")
 
 
 def _load_run(checkpointer: checkpoint.Checkpointer, run: Path, step: int, meta: Mapping[str, Any],
@@ -662,7 +663,7 @@ def find_source(directory: str | os.PathLike, folder: Path) -> Source:
     if run is None:
         config = zoo.load_config(path)
         try:
-            tokenizer = _find_tokenizer(path, config)
+            tokenizer = _find_tokenizer(path)
         except ValueError:
             tokenizer = None
         return Source(path, config, _fingerprint_model(path), None, tokenizer)

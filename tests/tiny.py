@@ -16,12 +16,15 @@ TRANSFORMER = {
     "num_layers": 2, "width": 32, "vocab_size": 40, "max_length": 64, "norm.eps": 1e-5,
     "mlp.hidden": 48,
 }  # fmt: skip
+MLSTM = {"mlstm.num_heads": 4, "mlstm.key_dim": 4, "mlstm.value_dim": 8, "mlstm.norm_eps": 1e-3}
 MOE = {"num_experts": 5, "top_k": 2, "hidden": 16, "balance_loss": 0.1, "z_loss": 0.01}
 
 
 def config(name: str, **overrides):
     """The preset `name`, reduced; `overrides` as in `zoo.config`."""
     full = zoo.config(name)
+    if type(full).__name__ == "XLstm":
+        return zoo.override(full, {**TRANSFORMER, **MLSTM, **overrides})
     if type(full).__name__ != "Transformer":
         raise NotImplementedError(f"say here how to reduce a {type(full).__name__} for tests")
     small = {**TRANSFORMER, **_attention("attention", full.attention, theta=1e4, window=5)}
@@ -59,7 +62,7 @@ def forms() -> list[str]:
     found: dict = {}
     for name in zoo.list():
         form = config(name, tie_embeddings=False)
-        if form.attention.rope is not None:
+        if hasattr(form, "attention") and form.attention.rope is not None:
             form = zoo.override(form, {"attention.rope.scaling": None})
         found.setdefault(form, name)
     return list(found.values())

@@ -19,6 +19,7 @@ from zoo.protocol import axes, merge, shardings, split
 # Family -> (module, config class). A family's presets stand in its own module, loaded on demand.
 FAMILIES: Mapping[str, tuple[str, str]] = {
     "transformer": ("zoo.transformer", "Transformer"),
+    "xlstm": ("zoo.xlstm", "XLstm"),
 }
 
 

@@ -84,6 +84,11 @@ def attention(
       ValueError: shapes or options that do not fit together.
       NotImplementedError: the named implementation cannot run them.
     """
+    if any(x.ndim != 4 for x in (query, key, value)):
+        raise ValueError(
+            f"attention: query {query.shape}, key {key.shape} and value {value.shape} must be "
+            "[B, T, H, K], [B, S, G, K] and [B, S, G, V]"
+        )
     b, t, h, k = query.shape
     s, g = key.shape[1:3]
     if key.shape != (b, s, g, k) or value.shape[:3] != (b, s, g):
@@ -103,11 +108,18 @@ def attention(
             (b, t), (b, s)):
         raise ValueError(f"attention: segments {query_segments.shape} and {key_segments.shape} "
                          f"must be {(b, t)} and {(b, s)}")
+    if query_segments is not None and not all(
+            jnp.issubdtype(x.dtype, jnp.integer) for x in (query_segments, key_segments)):
+        raise ValueError(f"attention: segments are {query_segments.dtype} and "
+                         f"{key_segments.dtype}; they must be integers")
     if block_mask is not None and (
-            block_mask.ndim != 2 or not all(block_mask.shape)
-            or t % block_mask.shape[0] or s % block_mask.shape[1]):
+            block_mask.ndim != 2 or t % block_mask.shape[0] or s % block_mask.shape[1]):
         raise ValueError(f"attention: block_mask {block_mask.shape} must be [NQ, NK] where NQ "
                          f"divides {t} queries and NK divides {s} keys")
+    if block_mask is not None and block_mask.dtype != bool:
+        raise ValueError(f"attention: block_mask is {block_mask.dtype}; it must be bool")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap={softcap} must be > 0; None turns it off")
 
 
 def merge(*parts: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -284,8 +284,7 @@ class _Problem:
     def scores(self, products):
         """(x, factor > 0) such that exp(score) = exp2(factor * x), from the products q . k."""
         if self.softcap is not None:
-            # The cap is an even function of its size.
-            return _tanh(products * (self.scale / abs(self.softcap))), abs(self.softcap) * _LOG2E
+            return _tanh(products * (self.scale / self.softcap)), self.softcap * _LOG2E
         if self.scale > 0:
             return products, self.scale * _LOG2E
         return products * (self.scale * _LOG2E), 1.0

@@ -19,7 +19,7 @@ BLOCK = 512
 
 def supports(target, query, key, value, query_segments=None, key_segments=None, block_mask=None,
              **options):
-    """bfloat16, a positive softcap, and what static masks and segments can say."""
+    """bfloat16, and what static masks and segments can say."""
     dtypes = {jnp.dtype(x.dtype) for x in (query, key, value)}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         names = ", ".join(sorted(str(d) for d in dtypes))
@@ -28,8 +28,6 @@ def supports(target, query, key, value, query_segments=None, key_segments=None, 
         return "block_mask must be None: splash has only static masks"
     if options.get("partial"):
         return "partial=True must be False: splash does not differentiate the row sums"
-    if options.get("softcap") is not None and not options["softcap"] > 0:
-        return f"softcap={options['softcap']} must be positive"
     if not options["causal"] and key.shape[1] % LANES:
         return f"{key.shape[1]} keys must be a multiple of {LANES} where nothing is causal"
     return None

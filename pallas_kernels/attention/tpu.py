@@ -58,13 +58,14 @@ _LOG2_E = math.log2(math.e)
 def supports(target, query, key, value, query_segments=None, key_segments=None, block_mask=None,
              **options):
     """float32 or bfloat16 alike, a positive scale, and mask blocks that tiles can divide."""
+    if target.chip == "v4":
+        return "v4 has 16 MiB of vector memory, and its tiles are for chips with 64 and more"
     dtypes = {jnp.dtype(x.dtype) for x in (query, key, value)}
     if len(dtypes) > 1 or dtypes - {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
         names = ", ".join(sorted(str(d) for d in dtypes))
         return f"operands of {names} must be float32 or bfloat16 alike"
-    for name in ("scale", "softcap"):
-        if options.get(name) is not None and not options[name] > 0:
-            return f"{name}={options[name]} must be positive"
+    if not options["scale"] > 0:
+        return f"scale={options['scale']} must be positive"
     if block_mask is not None:
         lengths = query.shape[1], key.shape[1]
         for name, n, blocks in zip(("queries", "keys"), lengths, block_mask.shape, strict=True):

@@ -15,6 +15,7 @@ from jax import lax
 
 from pallas_kernels.attention import MASKED
 from pallas_kernels.attention.gradient import differentiable
+from pallas_kernels.dispatch import refuse_other_than_floats
 
 # Queries and keys of a tile. A sequence of fewer is one tile, without loops or padding.
 BLOCK_Q = 512
@@ -22,8 +23,8 @@ BLOCK_K = 256
 
 
 def supports(target, query, key, value, *masks, **options):
-    """Everything."""
-    return None
+    """Everything but integers."""
+    return refuse_other_than_floats(query=query, key=key, value=value)
 
 
 @dataclasses.dataclass(frozen=True)

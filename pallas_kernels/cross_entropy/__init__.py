@@ -14,6 +14,7 @@ epilogue takes a quarter of the time. A tuned table changes the order.
 """
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.dims import Dims
 from pallas_kernels.dispatch import op
@@ -72,8 +73,10 @@ def cross_entropy(
     if labels.shape != hidden.shape[:2] or weights.shape != hidden.shape[:2]:
         raise ValueError(f"cross_entropy: labels {labels.shape} and weights {weights.shape} must "
                          f"be {hidden.shape[:2]}, as hidden {hidden.shape} says")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"cross_entropy: labels are {labels.dtype}; they must be integers")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"cross_entropy: label_smoothing={label_smoothing} must be in [0, 1); "
                          "0 turns it off")
-    if softcap is not None and softcap <= 0.0:
+    if softcap is not None and not softcap > 0:
         raise ValueError(f"cross_entropy: softcap={softcap} must be > 0; None turns it off")

@@ -31,11 +31,13 @@ FEWEST_ROWS = 896
 LANES = 128
 STRIP = 32  # rows whose logits fit in registers
 DEPTH = 512  # of one step of the contraction
-VMEM_BYTES = 60 << 20  # of the 64 MiB that the smallest chips have
+VMEM_BYTES = 60 << 20  # of the 64 MiB and more that every chip since v5e has
 
 
 def supports(target, hidden, head, labels, weights, **options):
     """bfloat16 and float32, of one dtype."""
+    if target.chip == "v4":
+        return "v4 has 16 MiB of vector memory, and its tiles are for chips with 64 and more"
     if hidden.dtype != head.dtype or hidden.dtype not in (jnp.bfloat16, jnp.float32):
         return (f"hidden is {hidden.dtype} and head {head.dtype}; both must be bfloat16 or both "
                 "float32")
@@ -226,7 +228,8 @@ def cross_entropy(hidden, head, labels, weights, *, rows=None, block_rows=None,
     (depth, columns), size = head.shape, head.dtype.itemsize
     if rows is None:
         rows = rows_per_slice(labels.size, max(FEWEST_ROWS, SLICE_LOGITS // columns), LANES)
-    if block_rows is None:
+    # A tuned tile may be that of a narrower head in the same bucket.
+    if block_rows is None or not _fits(block_rows, block_columns, depth, size):
         block_rows, block_columns = _tiles(rows, columns, depth, size)
     return _cross_entropy(hidden, head, labels, weights, rows=rows, block_rows=block_rows,
                           block_columns=block_columns, **options)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.cross_entropy.slices import Statistics, differentiable, rows_per_slice
-from pallas_kernels.dispatch import Target
+from pallas_kernels.dispatch import Target, refuse_other_than_floats
 
 # platform -> about so many logits are held at once, but never so few rows; and the multiple of
 # which rows are. On a CPU slices stay in its caches. Elsewhere every slice adds to D x V float32 in
@@ -49,9 +49,9 @@ def _cotangents(kept, labels, own, coefficients, *, softcap):
 _cross_entropy = differentiable(_statistics, _cotangents)
 
 
-def supports(target, *operands, **options):
-    """Everything."""
-    return None
+def supports(target, hidden, head, *labels_and_weights, **options):
+    """Everything but integers."""
+    return refuse_other_than_floats(hidden=hidden, head=head)
 
 
 def candidates(hidden, head, labels, weights, **options):

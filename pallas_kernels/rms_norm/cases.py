@@ -4,7 +4,8 @@ from pallas_kernels.cases import Case
 from pallas_kernels.rms_norm import dims
 
 TOLERANCE = {"float32": (1e-5, 2e-5), "bfloat16": (2e-2, 2e-2)}
-BACKWARD = 2.0
+# With a residual; without one it is 1.5. Passes over memory are what counts.
+BACKWARD = 1.0
 
 
 def work(operands, options):

@@ -110,10 +110,10 @@ def _call(kernel, name, grid, semantics, operands, results, flops):
 
 
 def _block_rows(x, blocks, block_rows):
-    """Rows a tile of `blocks` arrays like x [N, D]: as asked for, or as many as fit."""
+    """Rows a tile of `blocks` arrays like x [N, D]: as asked for, as far as they fit."""
     width = -(-x.shape[1] // 128) * 128
     fit = TILE_BYTES // (width * (2 * blocks * x.dtype.itemsize + 4 * TEMPORARIES))
-    rows = max(PACKED, min(fit, MAX_ROWS) // PACKED * PACKED) if block_rows is None else block_rows
+    rows = max(PACKED, min(fit, block_rows or MAX_ROWS) // PACKED * PACKED)
     return min(rows, pl.cdiv(x.shape[0], PACKED) * PACKED)
 
 

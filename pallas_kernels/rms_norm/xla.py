@@ -12,12 +12,11 @@ from pallas_kernels.rms_norm.gradient import differentiable, pull_back, standard
 
 
 def supports(target, x, scale, residual, bias, **options):
-    """Everything."""
-    return None
+    """Everything but integers."""
+    return dispatch.refuse_other_than_floats(x=x, scale=scale)
 
 
-def forward(x, scale, residual, bias, *, eps, offset, centred):
-    """The forward pass, for `differentiable`."""
+def _forward(x, scale, residual, bias, *, eps, offset, centred):
     total = x if residual is None else x + residual
     rows = total.astype(jnp.float32)
     mean, factor = statistics(rows, centred, eps)
@@ -39,5 +38,5 @@ def _backward(total, scale, bias, kept, d_y, d_total, *, eps, offset, centred):
     return (d_rows.astype(total.dtype), jnp.sum(d_y * unit, axis=over), jnp.sum(d_y, axis=over))
 
 
-normalise = differentiable(forward, _backward)
+normalise = differentiable(_forward, _backward)
 rms_norm = functools.partial(normalise, centred=False)

@@ -14,12 +14,21 @@ FOLDER = Path(__file__).parent
 
 
 def bucket(operands: Sequence[Any], options: Mapping[str, Any]) -> str:
-    """The bucket of a call: sizes rounded up to powers of two, with the options."""
-    def rounded(x):
-        return "-" if x is None else "x".join(str(1 << max(0, n - 1).bit_length()) for n in x.shape)
+    """The bucket of a call: sizes rounded up to powers of two, and the options that are set.
 
-    settings = ",".join(f"{k}={v}" for k, v in sorted(options.items()) if v not in (None, False))
-    return f"{','.join(map(rounded, operands))};{settings}"
+    Of an option that is a whole number the size counts too, rounded like those. What another
+    number, such as a scale, or the name of a mesh axis says does not change the time.
+    """
+    def rounded(n):
+        return str(1 << max(0, n - 1).bit_length())
+
+    def sizes(x):
+        return "-" if x is None else "x".join(map(rounded, x.shape))
+
+    settings = (f"{name}={rounded(x)}" if type(x) is int else name
+                for name, x in sorted(options.items())
+                if x not in (None, False) and not isinstance(x, str | tuple))
+    return f"{','.join(map(sizes, operands))};{','.join(settings)}"
 
 
 @functools.cache

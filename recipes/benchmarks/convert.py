@@ -84,8 +84,8 @@ def _random(dtype: np.dtype):
     """Parts of parameters, of a normal's noise around 0, a megabyte of it again and again."""
     noise = (0.02 * np.random.default_rng(0).normal(size=1 << 19)).astype(dtype)
 
-    def get(piece: Piece) -> np.ndarray:
-        return np.resize(noise, piece.shape)
+    def get(piece: Piece) -> list[np.ndarray]:
+        return [np.resize(noise, piece.shape)]
 
     return get
 

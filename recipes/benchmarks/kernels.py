@@ -1,6 +1,7 @@
 """The kernels suite: every case of every op on this device, against peers and the roofline."""
 
 import functools
+import os
 import re
 import statistics
 import time
@@ -22,6 +23,8 @@ from recipes.benchmarks import kernel_peers
 SECONDS = 0.1
 # Peers' results may differ from ours by rounding: this much of the largest value.
 AGREEMENT = {"float32": 1e-3, "bfloat16": 5e-2}
+# Cases that take a CPU longer than this even at its roofline run only when --case names them.
+CPU_SECONDS = 0.2
 
 
 def _seconds(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
@@ -55,7 +58,10 @@ def ceilings(dtype: Any) -> dict[str, float]:
 
 
 def _passes(function: Callable, operands: list, differentiable: tuple[int, ...]):
-    """Jitted calls of no arguments: the forward pass, and it with the backward pass."""
+    """Compiled calls of no arguments: the forward pass, and it with the backward pass.
+
+    Raises CannotRun for want of memory.
+    """
     arguments = [x for x in operands if x is not None]
 
     def full(arguments):
@@ -70,17 +76,44 @@ def _passes(function: Callable, operands: list, differentiable: tuple[int, ...])
         return sum(jnp.vdot(y, y) for y in jax.tree.leaves(function(*merged))
                    if jnp.issubdtype(y.dtype, jnp.floating)).astype(jnp.float32)
 
-    forward = jax.jit(lambda arguments: function(*full(arguments)))
-    both = jax.jit(jax.value_and_grad(loss))
+    def compiled(function, *arguments):
+        found = jax.jit(function).lower(*arguments).compile()
+        room = found.memory_analysis().temp_size_in_bytes
+        if room > _memory() // 2:
+            raise kernel_peers.CannotRun(f"needs {room / 1e9:.0f} GB of temporaries, over half of "
+                                         f"the {_memory() / 1e9:.0f} GB here")
+        return functools.partial(found, *arguments)
+
     chosen = [operands[i] for i in differentiable]
-    return (functools.partial(forward, arguments), functools.partial(both, chosen, arguments))
+    return (compiled(lambda arguments: function(*full(arguments)), arguments),
+            compiled(jax.value_and_grad(loss), chosen, arguments))
+
+
+def _memory() -> int:
+    """Bytes that this device can hold."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return device.memory_stats()["bytes_limit"]
 
 
 def _sides(op: Op, case: cases.Case, operands: list, compare: list[str], tune: bool,
            console: Console) -> dict[str, tuple[Callable, Callable, Callable]]:
     """Name -> (forward, forward and backward, wait), of what can run this case here."""
     bound, options = op.bind(*operands, **case.options)
-    sides = {}
+    sides: dict[str, tuple[Callable, Callable, Callable]] = {}
+
+    def add(label, make):
+        try:
+            made = make()
+            if not isinstance(made, tuple):
+                made = (*_passes(made, operands, case.differentiable), jax.block_until_ready)
+            sides[label] = made
+        except (kernel_peers.CannotRun, jax.errors.JaxRuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            console.print(f"{op.__name__} {case.name}: {label}: {reason}", style="dim",
+                          markup=False)
+
     for candidate in op.candidates(Target.ambient(), *bound, **options):
         if candidate.reason is not None:
             continue
@@ -94,25 +127,16 @@ def _sides(op: Op, case: cases.Case, operands: list, compare: list[str], tune: b
                 return getattr(op.module(name), op.__name__)(*full, **settings, **parameters)
 
             label = candidate.name + "".join(f" {k}={v}" for k, v in parameters.items())
-            sides[label] = (*_passes(run, operands, case.differentiable), jax.block_until_ready)
+            add(label, lambda run=run: run)
     for peer in compare:
-        if peer in op.names:
-            continue
-        try:
-            made = kernel_peers.make(peer, op, case, operands)
-        except kernel_peers.CannotRun as error:
-            console.print(f"[dim]{op.__name__} {case.name}: {peer}: {error}[/dim]")
-            continue
-        if isinstance(made, tuple):
-            sides[peer] = made
-        else:
-            sides[peer] = (*_passes(made, operands, case.differentiable), jax.block_until_ready)
+        if peer not in op.names:
+            add(peer, lambda peer=peer: kernel_peers.make(peer, op, case, operands))
     return sides
 
 
 def _differs(ours: Any, theirs: Any, tolerance: float) -> bool:
-    return any(np.abs(a - b).max() > tolerance * max(1.0, np.abs(a).max()) for a, b in
-               zip(kernel_peers.host(ours), kernel_peers.host(theirs), strict=False))
+    return not all(np.abs(a - b).max() <= tolerance * max(1.0, np.abs(a).max()) for a, b in
+                   zip(kernel_peers.host(ours), kernel_peers.host(theirs), strict=False))
 
 
 def run(*, op: str, case: str, dtype: str | None, compare: list[str], rounds: int, tune: bool
@@ -155,16 +179,28 @@ def run(*, op: str, case: str, dtype: str | None, compare: list[str], rounds: in
     for one, its_case in chosen:
         operands = [None if x is None else jnp.asarray(x)
                     for x in its_case.operands(jnp.dtype(dtype))]
+        module = one.module("cases")
+        flops, size = module.work(operands, its_case.options)
+        floor = max(flops / top["flops"], size / top["bytes"])
+        floors = floor, floor * (1 + module.BACKWARD)
+        if target.platform == "cpu" and floor > CPU_SECONDS and not case:
+            console.print(f"{one.__name__} {its_case.name}: takes {floor:.1f} s at the roofline of "
+                          "this CPU; runs where --case names it", style="dim", markup=False)
+            continue
+        console.print(f"{one.__name__} {its_case.name}", style="dim", markup=False)
         sides = _sides(one, its_case, operands, compare, tune, console)
-        first = next(iter(sides))
-        outcome = sides[first][0]()
+        ours = next((name for name in sides if name.split()[0] in one.names), None)
+        if ours is None:
+            continue
+        outcome = sides[ours][0](), sides[ours][1]()
         times: dict[str, tuple[list, list]] = {}
         for name, (forward, both, wait) in list(sides.items()):
             result = forward()
-            wait(result)
-            wait(both())  # Compiles and warms up.
-            if _differs(outcome, result, AGREEMENT[dtype]):
-                raise RuntimeError(f"{one.__name__} {its_case.name}: {name} and {first} differ by "
+            gradients = both()
+            wait((result, gradients))
+            if _differs(outcome[0], result, AGREEMENT[dtype]) or _differs(
+                    outcome[1], gradients, AGREEMENT[dtype]):
+                raise RuntimeError(f"{one.__name__} {its_case.name}: {name} and {ours} differ by "
                                    f"more than {AGREEMENT[dtype]}; their times are of different "
                                    "things")
             times[name] = ([], [])
@@ -172,12 +208,7 @@ def run(*, op: str, case: str, dtype: str | None, compare: list[str], rounds: in
             for name, (forward, both, wait) in sides.items():
                 times[name][0].append(_seconds(forward, wait))
                 times[name][1].append(_seconds(both, wait))
-        module = one.module("cases")
-        flops, size = module.work(operands, its_case.options)
-        floor = max(flops / top["flops"], size / top["bytes"])
-        floors = floor, floor * (1 + module.BACKWARD)
         medians = {name: tuple(map(statistics.median, pair)) for name, pair in times.items()}
-        ours = next(name for name in sides if name.split()[0] in one.names)
         row = {"op": one.__name__, "case": its_case.name, "dtype": dtype,
                "floor_seconds": floors, "sides": {}}
         for i, (name, (forward, both)) in enumerate(medians.items()):

@@ -224,9 +224,26 @@ def test_heads_sharded_apart_from_their_keys_are_refused(rules):
         ([(2, 4, 4, 8)] * 3, {"causal": False, "window": 2},
          "window=2 must be >= 1 and needs causal"),
         ([(2, 4, 4, 8)] * 3 + [(2, 4)], {}, "both queries and keys, or for neither"),
+        ([(4, 4, 8)] * 3, {}, r"query \(4, 4, 8\), .* must be \[B, T, H, K\]"),
+        ([(2, 4, 4, 8)] * 3, {"softcap": 0.0}, "softcap=0.0 must be > 0; None turns it off"),
+        ([(2, 4, 4, 8)] * 3, {"softcap": float("nan")}, "softcap=nan must be > 0"),
+        ([(0, 4, 4, 8)] * 3, {}, r"float32\[0, 4, 4, 8\].*every dimension must be at least 1"),
+        ([(2, 0, 4, 8)] * 3, {}, "every dimension must be at least 1"),
+        ([(2, 4, 4, 8), (2, 0, 4, 8), (2, 0, 4, 8)], {"causal": False},
+         "every dimension must be at least 1"),
+        ([(2, 4, 4, 8), (2, 4, 0, 8), (2, 4, 0, 8)], {}, "every dimension must be at least 1"),
     ],
 )
 def test_refuses_shapes_that_do_not_fit(shapes, options, message):
     arrays = [jnp.zeros(s, jnp.float32 if len(s) > 2 else jnp.int32) for s in shapes]
     with pytest.raises(ValueError, match=message):
         attention(*arrays, scale=1.0, **options)
+
+
+def test_refuses_masks_of_other_dtypes():
+    """A kernel takes an integer's bits for a mask's, and the wrong tiles are visited."""
+    q = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="block_mask is int32; it must be bool"):
+        attention(q, q, q, None, None, jnp.ones((2, 2), jnp.int32), scale=1.0)
+    with pytest.raises(ValueError, match="segments are float32 and int32; they must be integers"):
+        attention(q, q, q, jnp.ones((1, 4)), jnp.ones((1, 4), jnp.int32), scale=1.0)

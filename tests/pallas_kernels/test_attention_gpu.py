@@ -95,7 +95,8 @@ def shapes(k=64, v=64, t=256, dtype=jnp.bfloat16, **masks):
     made = [array((1, t, 2, size), dtype) for size in (k, k, v)]
     for name in ("query_segments", "key_segments", "block_mask"):
         shape = masks.get(name)
-        made.append(None if shape is None else array(shape, jnp.int32))
+        made.append(None if shape is None else array(
+            shape, bool if name == "block_mask" else jnp.int32))
     return made
 
 

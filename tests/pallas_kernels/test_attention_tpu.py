@@ -140,7 +140,8 @@ def test_tpu_refuses_by_name():
     assert refuse(avals()) is None
     assert "float16 must be" in refuse(avals(dtype=jnp.float16))
     assert "scale=-1.0 must be positive" in refuse(avals(), scale=-1.0)
-    assert "softcap=0.0 must be positive" in refuse(avals(), softcap=0.0)
+    bound, full = attention.bind(*avals(), scale=0.1)
+    assert "v4 has 16 MiB" in tpu.supports(Target.parse("v4"), *bound, **full)
     assert "blocks of 64 queries in block_mask" in refuse(avals(blocks=(4, 1)))
     assert "blocks of 32 keys in block_mask" in refuse(avals(blocks=(1, 8)))
     assert refuse(avals(t=301, blocks=(1, 1))) is None
@@ -155,7 +156,6 @@ def test_splash_refuses_by_name():
     assert "block_mask must be None" in refuse(avals(blocks=(2, 2)))
     assert "partial=True must be False" in refuse(avals(), partial=True)
     assert "300 keys must be a multiple of 128" in refuse(avals(t=300), causal=False)
-    assert "softcap=-1.0 must be positive" in refuse(avals(), softcap=-1.0)
 
 
 @pytest.mark.parametrize("case", [c for c in cases.of(attention) if not c.compiled],

@@ -185,7 +185,7 @@ def test_remat_makes_gradients_once(policy, most):
     again = jax.grad(jax.checkpoint(loss, policy=policy), (0, 1))
     assert matmuls(loss, hidden, head) == 1
     assert matmuls(plain, hidden, head) == 3
-    assert matmuls(again, hidden, head, optimized=True) <= most
+    assert 3 <= matmuls(again, hidden, head, optimized=True) <= most
     if policy is not None:
         assert matmuls(again, hidden, head) == 3
     assert_close(again(hidden, head), plain(hidden, head))
@@ -268,6 +268,27 @@ def test_flops_are_those_of_the_plain_form(implementation, b, t, d, v):
         assert products * plain <= counted <= 1.15 * products * plain
 
 
+def test_tiles_tuned_for_a_narrower_head_are_not_taken():
+    """One bucket holds widths of 8193 to 16384, and the vector memory is full at 10k."""
+    d, v = 16_384, 1024
+    shapes = [((1, 512, d), jnp.bfloat16), ((d, v), jnp.bfloat16), ((1, 512), jnp.int32),
+              ((1, 512), jnp.float32)]
+    avals = [jax.ShapeDtypeStruct(*s) for s in shapes]
+
+    def program(**tiles):
+        return str(jax.make_jaxpr(functools.partial(
+            tpu.cross_entropy, rows=512, z_loss=0.0, softcap=None, label_smoothing=0.0,
+            vocab_axis=None, **tiles))(*avals))
+
+    assert program(block_rows=1024, block_columns=512) == program()
+    assert program(block_rows=128, block_columns=128) != program()
+
+
+def test_no_kernel_for_a_tpu_v4():
+    bound, options = cross_entropy.bind(*map(jnp.asarray, operands()))
+    assert "v4 has 16 MiB" in tpu.supports(pallas_kernels.Target.parse("v4"), *bound, **options)
+
+
 RULES = {
     "replicated": Rules(batch=None),
     "batch over data": Rules(batch="data"),
@@ -317,6 +338,8 @@ def test_what_does_not_divide_is_whole(shape):
         (((2, 3, 4), (4, 6), (2, 4), (2, 3)), r"labels \(2, 4\)"),
         (((2, 3, 4), (4, 6), (2, 3), (3, 2)), r"weights \(3, 2\)"),
         (((2, 3, 4), (4,), (2, 3), (2, 3)), r"must be \[B, T, D\] and \[D, V\]"),
+        (((0, 3, 4), (4, 6), (0, 3), (0, 3)), "every dimension must be at least 1"),
+        (((2, 3, 4), (4, 0), (2, 3), (2, 3)), "every dimension must be at least 1"),
     ],
 )
 def test_refuses_shapes_that_do_not_fit(shapes, message):
@@ -325,11 +348,18 @@ def test_refuses_shapes_that_do_not_fit(shapes, message):
         cross_entropy(hidden, head, labels.astype(jnp.int32), weights)
 
 
+def test_refuses_labels_that_are_no_integers():
+    hidden, head, labels, weights = (jnp.asarray(x) for x in operands())
+    with pytest.raises(ValueError, match="labels are float32; they must be integers"):
+        cross_entropy(hidden, head, labels.astype(jnp.float32), weights)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"label_smoothing": 1.0}, r"label_smoothing=1.0 must be in \[0, 1\)"),
      ({"label_smoothing": -0.1}, r"label_smoothing=-0.1"),
-     ({"softcap": 0.0}, r"softcap=0.0 must be > 0; None turns it off")], ids=str)
+     ({"softcap": 0.0}, r"softcap=0.0 must be > 0; None turns it off"),
+     ({"softcap": float("nan")}, r"softcap=nan must be > 0")], ids=str)
 def test_refuses_options_out_of_range(options, message):
     arrays = (jnp.asarray(x) for x in operands())
     with pytest.raises(ValueError, match=message):

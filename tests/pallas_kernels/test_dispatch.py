@@ -36,8 +36,13 @@ def test_target_of_the_ambient_mesh():
         assert Target.ambient() == Target("cpu", "cpu")
     with interpret("v5p"):
         assert Target.ambient() == Target("tpu", "v5p")
-    with pytest.raises(ValueError, match="'v5x7y' must be cpu, a TPU"):
-        Target.parse("v5x7y")
+
+
+@pytest.mark.parametrize("name", ["v5x7y", "v5", "v6", "tpu7", "xyz", ""])
+def test_unknown_targets(name):
+    """What looks like a TPU of an unknown kind is not taken for a GPU."""
+    with pytest.raises(ValueError, match=f"target '{name}' must be cpu, a TPU .v4, v5e, v5p, v6e"):
+        Target.parse(name)
 
 
 def test_preference_and_refusals(caplog):
@@ -109,8 +114,37 @@ def test_explain(capsys):
     assert lines[0].startswith("attention(bfloat16[1, 256, 4, 64]") and "on v5p" in lines[0]
     verdicts = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[1:]}
     assert set(verdicts) == set(attention.names)
-    assert list(verdicts.values()).count("chosen") == 1
+    assert [v for v in verdicts.values() if v.startswith("chosen")] == ["chosen (preferred)"]
     assert verdicts["gpu"] == "is for gpu, not for tpu"
+
+
+def test_explain_says_what_using_names(capsys):
+    with using(toy="xla"):
+        explain(toy, X, SCALE, target="v5p")
+    assert "xla        chosen (named by using)\n" in (out := capsys.readouterr().out)
+    assert "tpu        can\n" in out
+    with using(toy="tpu"):
+        explain(toy, X, SCALE, power=3, target="v5p")
+    out = capsys.readouterr().out
+    assert "chosen" not in out and "'tpu', named by using, cannot run" in out
+
+
+@pytest.mark.parametrize(("op", "shapes", "options"), [
+    ("attention", [(1, 4, 2, 64)] * 3, {"scale": 0.1}),
+    ("cross_entropy", [(1, 4, 64), (64, 8), (1, 4), (1, 4)], {}),
+    ("rms_norm", [(1, 4, 128), (128,)], {"eps": 1e-6}),
+    ("layer_norm", [(1, 4, 128), (128,)], {"eps": 1e-6}),
+])
+@pytest.mark.parametrize("chip", ["cpu", "v5e", "h200"])
+def test_a_dtype_that_no_implementation_takes(op, shapes, options, chip):
+    op = dispatch.find(op)
+    operands, options = op.bind(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in shapes), **options)
+    with pytest.raises(NotImplementedError) as error:
+        op.choose(Target.parse(chip), None, *operands, **options)
+    assert "no implementation runs for int32[" in str(error.value)
+    assert "is int32" in str(error.value) and "it takes floating dtypes" in str(error.value)
+    for name in op.names:
+        assert f"{name}: " in str(error.value)
 
 
 def test_tuned_times_decide(tmp_path, monkeypatch):
@@ -131,6 +165,19 @@ def test_tuned_times_decide(tmp_path, monkeypatch):
     assert toy.choose(target, None, X[:8], SCALE, power=2).name == "tpu"  # another bucket
     assert toy.choose(Target.parse("v6e"), None, X, SCALE, power=2).name == "tpu"
     assert len(json.loads((tmp_path / "v5p.json").read_text())["entries"]) == 2
+
+
+def test_buckets_hold_what_takes_the_same_time():
+    def bucket(*shapes, **options):
+        return tuned.bucket([jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes], options)
+
+    assert bucket((1000, 128), eps=1e-5, offset=1.0) == bucket((1024, 128), eps=1e-6, offset=1.0)
+    assert bucket((8, 8), vocab_axis="tensor") == bucket((8, 8), vocab_axis=None)
+    assert bucket((8, 8), window=1000) == bucket((8, 8), window=1024)
+    different = [bucket((8, 8)), bucket((8, 9)), bucket((8, 8), window=1024),
+                 bucket((8, 8), window=2048), bucket((8, 8), softcap=30.0),
+                 bucket((8, 8), causal=True)]
+    assert len(set(different)) == len(different)
 
 
 def test_ops_lists_every_folder():

@@ -12,7 +12,7 @@ import pallas_kernels
 import sharding
 from pallas_kernels import Target, cases
 from pallas_kernels.layer_norm import layer_norm
-from pallas_kernels.rms_norm import dims, rms_norm
+from pallas_kernels.rms_norm import dims, rms_norm, tpu
 from tests.tiny import MESH
 from tests.tolerances import assert_close
 
@@ -114,6 +114,8 @@ def test_refuses(op):
         op(x, scale, residual.astype(jnp.bfloat16), eps=1e-6)
     with pytest.raises(ValueError, match=r"bias \(1,\) must be \(8,\)"):
         op(x, scale, None, bias[:1], eps=1e-6)
+    with pytest.raises(ValueError, match=r"float32\[0, 3, 8\].*every dimension must be at least 1"):
+        op(x[:0], scale, eps=1e-6)
     for eps in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="eps=.* must be positive, e.g. 1e-6"):
             op(x, scale, eps=eps)
@@ -132,6 +134,13 @@ def test_what_kernels_refuse_goes_to_xla(op, chip, name, dtype, width, reason):
     candidates = op.candidates(Target.parse(chip), x, scale, None, None, eps=1e-6, offset=0.0)
     assert candidates[0].name == "xla"
     assert reason in next(c.reason for c in candidates if c.name == name)
+
+
+def test_tiles_tuned_for_narrower_rows_are_cut_to_what_fits():
+    """One bucket holds widths of 4097 to 8192."""
+    rows = jax.ShapeDtypeStruct((1024, 8192), jnp.bfloat16)
+    assert tpu._block_rows(rows, 4, 512) == tpu._block_rows(rows, 4, None) < 64
+    assert tpu._block_rows(rows, 4, 32) == 32
 
 
 @OPS

@@ -1,7 +1,8 @@
 """Every op on eight devices against one: values, and gradients of replicated and sharded operands.
 
 A gradient of a replicated operand that is not summed over the devices, or is summed twice, is
-silently wrong; so every op is run under each of its axes sharded alone, all of them, and none.
+silently wrong; so every op is run under each of its axes sharded alone, all of them, and none, and
+some under their TPU kernels (cross-entropy's are in test_cross_entropy.py).
 """
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 import pallas_kernels
 import sharding
-from pallas_kernels import cases
+from pallas_kernels import cases, dispatch
 from tests.pallas_kernels import toy  # noqa: F401, an op that somebody else adds
 from tests.tiny import MESH
 from tests.tolerances import assert_close
@@ -77,3 +78,24 @@ def test_eight_devices_equal_one(op, case, axes):
     with sharding.use(sharding.mesh(MESH), sharding.Rules(**fields)):
         eight = results(run, operands, case.differentiable)
     assert_close(eight, one, 2e-5)
+
+
+@pytest.mark.parametrize(("name", "case", "layout"), [
+    ("attention", "causal-64", "none"), ("attention", "causal-64", "all"),
+    ("rms_norm", "residual-bias-64-heads", "all")])
+def test_kernels_on_four_devices_equal_one(name, case, layout):
+    op = dispatch.find(name)
+    case = next(c for c in cases.of(op) if c.name == case)
+    operands = batched(case, op.bind(*case.operands(np.float32), **case.options)[0], op)
+
+    def run(*operands):
+        return sharding.local(op, *operands, dims=case.dims, **case.options)
+
+    one = results(run, operands, case.differentiable)
+    fields = dict.fromkeys(sharding.Rules.__dataclass_fields__)
+    fields |= {axis: {"batch": "data"}.get(axis, "tensor") for axis in layouts(op, case)[layout]}
+    mesh = sharding.mesh("data:2,tensor:2", jax.devices()[:4])
+    with (pallas_kernels.interpret("v5p"), pallas_kernels.using(**{name: "tpu"}),
+          sharding.use(mesh, sharding.Rules(**fields))):
+        four = results(run, operands, case.differentiable)
+    assert_close(four, one, 2e-5)

@@ -16,6 +16,8 @@ def test_a_conversation():
         "<|im_start|>user\nHi {{ 7*7 }}<|im_end|>\n<|im_start|>assistant\n")
     assert chat.render("{{ bos_token }}{{ messages[0] | tojson }}", MESSAGES,
                        {"bos_token": "<s>"}).startswith('<s>{"role": "user"')
+    # As transformers has it, they are there, and nothing.
+    assert chat.render("{{ tools is none and documents is none }}", MESSAGES, {}) == "True"
 
 
 def test_where_a_template_is(tmp_path):

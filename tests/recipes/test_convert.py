@@ -1,7 +1,9 @@
 """recipes.convert from the command line, and recipes.decode of what Hugging Face has."""
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -58,6 +60,30 @@ def test_there_and_back(theirs, tmp_path, capsys):
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
+def test_experts_there_and_back(tmp_path, capsys):
+    """Theirs are a tensor each, ours one for all of a kind."""
+    config = tiny.config("mixtral-8x7b", **{"norm.eps": 1e-5})
+    zoo.to_hf(tiny.model(config), tmp_path / "theirs")
+    assert run(convert, f"--source={tmp_path / 'theirs'}", f"--out={tmp_path / 'ours'}",
+               "--check") == 0
+    assert run(convert, f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}", "--to=hf",
+               "--check") == 0
+    assert capsys.readouterr().out.count("hold the same numbers") == 2
+    a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("theirs", "back"))
+    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
+
+
+def test_float16_there_and_back(theirs, tmp_path):
+    model = zoo.load(theirs)
+    zoo.to_hf(model, tmp_path / "theirs", dtype="float16")
+    run(convert, f"--source={tmp_path / 'theirs'}", f"--out={tmp_path / 'ours'}")
+    run(convert, f"--source={tmp_path / 'ours'}", "--to=hf", f"--out={tmp_path / 'back'}")
+    a, b = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("theirs", "back"))
+    assert a == b
+    params = zoo.protocol.split(zoo.load(tmp_path / "ours"))[1]
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+
+
 def test_another_dtype_is_checked_as_cast(theirs, tmp_path, capsys):
     out = tmp_path / "half"
     assert run(convert, f"--source={theirs}", "--to=hf", f"--out={out}", "--dtype=bfloat16",
@@ -78,8 +104,8 @@ def test_another_dtype_is_checked_as_cast(theirs, tmp_path, capsys):
 def test_errors(theirs, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)
     assert run(convert, *(arg.format(theirs=theirs) for arg in args)) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and "\n" not in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,6 +151,22 @@ def test_chat(theirs, monkeypatch, capsys):
     assert prompt == tok.encode(text, add_special_tokens=False).ids
     assert [prompt.count(i) for i in (256, 258, 259)] == [1, 2, 1]
     capsys.readouterr()
+
+
+def test_a_directory_without_a_config(theirs, tmp_path, capsys):
+    folder = shutil.copytree(theirs, tmp_path / "bare")
+    (folder / "config.json").unlink()
+    for module, flag in ((convert, "--source"), (decode, "--checkpoint")):
+        assert run(module, f"{flag}={folder}", "--prompt=Hi" if module is decode else "--out=x") == 2
+        assert "has no config.json" in capsys.readouterr().err
+
+
+def test_without_a_tokenizer_no_weights_are_read(theirs, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(theirs, tmp_path / "bare")
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setattr(zoo, "load", None)
+    assert run(decode, f"--checkpoint={folder}", "--prompt=Hi") == 2
+    assert "holds no tokenizer.json; put the model's there" in capsys.readouterr().err
 
 
 def test_chat_without_a_template(theirs, tmp_path, capsys):

@@ -14,7 +14,9 @@ import pytest
 import layers.attention
 import sharding
 import zoo
+from layers.mlstm import MLstm
 from layers.stack import to_stacked
+from pallas_kernels.mlstm import mlstm
 from tests import tiny
 from tests.tolerances import assert_close
 from zoo import protocol
@@ -61,7 +63,10 @@ NUM_PARAMS = {
     "gemma3-4b": 4_300_079_472 - 416_866_032 - 1152 * (2560 + 1),
     "gemma3-12b": 12_187_325_040 - 416_866_032 - 1152 * (3840 + 1),
     "gemma3-27b": 27_432_406_640 - 416_866_032 - 1152 * (5376 + 1),
+    "xlstm-7b": 6_865_424_896,
 }
+# What their names round.
+ABOUT = {"xlstm-tiny": 3e6, "xlstm-165m": 1.65e8, "xlstm-1.3b": 1.3e9, "xlstm-2.7b": 2.7e9}
 
 # Softmax does not see what is added to all scores of a query, as a key's bias does without rope.
 NO_GRADIENT = {"gpt2": {"stack/blocks/0/mixer/key/bias"}}
@@ -291,6 +296,8 @@ def test_number_of_parameters(name):
         assert 2.5e6 < count < 3.5e6
     elif name == "llama-60m":
         assert 5.4e7 < count < 6.5e7
+    elif name in ABOUT:
+        assert count == pytest.approx(ABOUT[name], rel=0.15)
     else:
         pytest.fail(f"say here how many parameters {name} has")
 
@@ -321,12 +328,27 @@ def dot_flops(jaxpr, times=1) -> int:
     return total
 
 
+def recurrence_flops(mixer, batch, length) -> tuple[int, int]:
+    """Those of the matrix products in an mLSTM's op, forward and in a training step."""
+    def rows(*sizes):
+        return jax.ShapeDtypeStruct((batch, length, mixer.num_heads, *sizes), jnp.float32)
+
+    operands = (rows(mixer.key_dim), rows(mixer.key_dim), rows(mixer.value_dim), rows(), rows())
+
+    def total(*operands):
+        return jnp.sum(mlstm(*operands)[0])
+
+    return tuple(dot_flops(jax.make_jaxpr(f)(*operands).jaxpr)
+                 for f in (total, jax.grad(total, argnums=range(5))))
+
+
 @FORMS
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
 def test_flop_formula(name, stacked):
     """Against the matrix products that are traced. There attention fills its whole square, of
     which the formula counts what lies under the diagonal and inside the window, and its backward
-    pass makes the scores again, which the formula does not count."""
+    pass makes the scores again, which the formula does not count. An mLSTM's kernel works in
+    chunks; the formula counts the plain recurrence."""
     config, batch, length = tiny.config(name, num_layers=3), 2, 16
     model = zoo.build(config, stacked=stacked, abstract=True)
     definition, params = protocol.split(model)
@@ -344,6 +366,12 @@ def test_flop_formula(name, stacked):
     unseen = again = 0.0
     for layer in range(config.num_layers):
         mixer = config.mixers()[layer % len(config.mixers())]
+        if isinstance(mixer, MLstm):
+            plain = 4 * mixer.num_heads * mixer.key_dim * (mixer.value_dim + 1)
+            once, trained = recurrence_flops(mixer, batch, length)
+            unseen += once / (batch * length) - plain
+            again += (trained - 3 * once) / (batch * length)
+            continue
         window = mixer.window or length
         seen = sum(min(t + 1, window) for t in range(length)) / length
         unseen += 2 * mixer.num_heads * (mixer.head_dim + mixer.value_dim) * (length - seen)

@@ -31,7 +31,7 @@ def test_names():
         "qwen3-14b", "qwen3-32b", "qwen3-30b-a3b", "qwen3-235b-a22b", "qwen1.5-moe-a2.7b",
         "mistral-7b", "mistral-7b-v0.3", "mixtral-8x7b", "mixtral-8x22b", "gemma2-2b",
         "gemma2-9b", "gemma2-27b", "gemma3-270m", "gemma3-1b", "gemma3-4b", "gemma3-12b",
-        "gemma3-27b",
+        "gemma3-27b", "xlstm-tiny", "xlstm-165m", "xlstm-1.3b", "xlstm-2.7b", "xlstm-7b",
     ]
 
 
@@ -155,7 +155,7 @@ def test_refused_overrides(overrides, message):
 @PRESETS
 def test_round_trip(name):
     data = json.loads(json.dumps(zoo.to_dict(zoo.config(name))))
-    assert data["type"] == "Transformer"
+    assert data["type"] == type(zoo.config(name)).__name__
     assert zoo.from_dict(data) == zoo.config(name)
 
 

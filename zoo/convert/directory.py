@@ -2,12 +2,15 @@
 
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from zoo.convert.safetensors import locate
 
 MANIFEST = "manifest.json"
 # What a model directory of Hugging Face carries beside its weights and config.json.
@@ -23,28 +26,37 @@ _MAX_CARRIED_BYTES = 1 << 30
 def create(folder: str | os.PathLike) -> Iterator[Path]:
     """A new directory to write to, which gets its name `folder` when the block ends well.
 
-    Until then it is `folder` + ".unfinished", which a kill may leave and the next call removes.
+    Until then it is `folder` + ".unfinished", which a kill may leave and the next call empties.
 
     Raises:
-      ValueError: `folder` is there and not empty.
+      ValueError: `folder` is there and not empty, or another process is writing it.
     """
     folder = Path(folder).expanduser().absolute()
     if folder.is_symlink() or folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} exists already; give the name of a new directory")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(folder.name + ".unfinished")
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir()
+    part.mkdir(exist_ok=True)
+    handle = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        yield part
-        _sync(part)
-        # Over an empty directory this is atomic, too.
-        os.replace(part, folder)
-        _sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{part} is being written by another process; wait for it, or give "
+                             "another name") from None
+        try:
+            for old in part.iterdir():
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            yield part
+            os.fsync(handle)
+            # Over an empty directory this is atomic, too.
+            os.replace(part, folder)
+            _sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
 
 
 def _sync(folder: Path) -> None:
@@ -66,13 +78,12 @@ def write_json(path: Path, value) -> None:
 
 def read_json(path: Path) -> dict:
     """A JSON object. Raises ValueError for a missing file or one that holds anything else."""
+    if not path.is_file():  # Of which a pipe would be waited for.
+        raise ValueError(f"{path.parent} has no {path.name}; give the directory of a model")
     try:
         with open(path, "rb") as file:
             text = file.read(_MAX_CARRIED_BYTES)
         value = json.loads(text.decode("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}; give the directory of a model"
-                         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}; fetch it again") from None
     if not isinstance(value, dict):
@@ -81,11 +92,15 @@ def read_json(path: Path) -> dict:
 
 
 def carry(source: Path, target: Path) -> list[str]:
-    """Copies the files of a tokenizer and of generation's settings, those there are."""
+    """Copies the files of a tokenizer and of generation's settings, those there are.
+
+    Raises ValueError for one that is a link out of the directory, whose end nobody asked for.
+    """
     found = []
     for name in CARRIED:
         file = source / name
         if file.is_file() and not (target / name).exists():
+            locate(source, name)
             if file.stat().st_size > _MAX_CARRIED_BYTES:
                 raise ValueError(f"{file} has {file.stat().st_size:,} bytes, too many for what "
                                  "its name says; remove it")
@@ -124,6 +139,10 @@ def verify(folder: Path) -> None:
             isinstance(entry, dict) and entry.keys() >= {"bytes", "blake2b"}
             and Path(name).name == name for name, entry in listed.items()):
         raise ValueError(f"{folder / MANIFEST} does not list files; convert the model again")
+    needed = {"config.json", *(f.name for f in folder.glob("*.safetensors"))}
+    if unlisted := sorted(needed - listed.keys()):
+        raise ValueError(f"{folder / unlisted[0]} is not in the directory's manifest; remove it, "
+                         "or convert the model again")
     for name, entry in listed.items():
         path = folder / name
         if not path.is_file():

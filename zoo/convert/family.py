@@ -48,6 +48,10 @@ class Settings:
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
+    def fill(self, **defaults: Any) -> None:
+        """Values of keys that are absent."""
+        self._values = {**defaults, **self._values}
+
     def note(self, text: str) -> None:
         """Something that the user should know."""
         self.notes.append(text)
@@ -127,6 +131,7 @@ class Family:
       nested_type: a model type whose config.json holds this one's as ``text_config``.
       variants: other beginnings of keys, as {"model.": "language_model.model."}.
       ignored: patterns of keys that hold nothing to convert.
+      kept: keys of a config.json that our config does not hold and that come along.
     """
 
     model_type: str
@@ -139,6 +144,7 @@ class Family:
     nested_type: str | None = None
     variants: tuple[Mapping[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def config(self, values: Mapping[str, Any], where: str) -> Any:
         """Our config of a config.json; logs what is not understood of it."""
@@ -161,7 +167,7 @@ class Family:
             raise ConversionError(f"{where}: {error}") from None
         for note in settings.notes:
             _LOG.info("%s: %s", where, note)
-        if unknown := settings.unknown():
+        if unknown := [key for key in settings.unknown() if key not in self.kept]:
             _LOG.warning("%s: not understood, and left out: %s", where, ", ".join(unknown))
         return config
 
@@ -170,6 +176,10 @@ class Family:
         try:
             found = self.write(config)
             back = self.read(Settings(found, self.model_type))
+        except ConversionError:
+            raise
+        except ValueError as error:  # As of an odd head_dim, which a rope cannot have.
+            raise ConversionError(str(error)) from error
         except (AttributeError, TypeError) as error:
             raise Unsupported("the config", type(config).__name__, f"a {self.model_type}'s"
                               ) from error

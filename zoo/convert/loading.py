@@ -43,8 +43,9 @@ def load(directory: str | os.PathLike, mesh=None, rules=None, dtype=None,
         tensors, all problems at once.
     """
     with open_source(directory) as source:
-        return _load(source, mesh, rules, source.dtype if dtype is None else dtype, stacked,
-                     remat, progress or (lambda count: None))
+        if dtype is None:
+            dtype = np.float32 if source.dtype == np.float16 else source.dtype
+        return _load(source, mesh, rules, dtype, stacked, remat, progress or (lambda count: None))
 
 
 def from_hf(directory: str | os.PathLike, mesh=None, rules=None, dtype=None,

@@ -111,9 +111,9 @@ class Weights(Mapping[str, Tensor]):
     def _open_directory(self, folder: Path) -> None:
         if not os.path.lexists(folder / INDEX):
             name = _only_file(folder)
-            self._open(folder / name, _locate(folder, name))
+            self._open(folder / name, locate(folder, name))
             return
-        stream, status = _open_regular(folder / INDEX, _locate(folder, INDEX))
+        stream, status = _open_regular(folder / INDEX, locate(folder, INDEX))
         with stream:
             if status.st_size > MAX_HEADER_BYTES:
                 raise _damaged(folder / INDEX, f"has {status.st_size:,} bytes, over "
@@ -121,7 +121,7 @@ class Weights(Mapping[str, Tensor]):
             raw = _read_bytes(stream, 0, status.st_size, folder / INDEX)
         index = _parse_index(raw, folder / INDEX)
         names = sorted(set(index.values()))
-        places = [_locate(folder, name) for name in names]  # all, before any is opened
+        places = [locate(folder, name) for name in names]  # all, before any is opened
         for name, place in zip(names, places, strict=True):
             self._open(folder / name, place, index)
         for name, shard in index.items():
@@ -310,6 +310,7 @@ def write(
                         _write_all(stream, _bytes_of(array))
                         if progress is not None:
                             progress(array.nbytes)
+                    array = None  # Or it would be there still while the next tensor is made.
                     if left:
                         raise ValueError(f"tensor {_show(name)} of shape {shape} was given "
                                          f"{left:,} bytes too few; produce all of it")
@@ -460,7 +461,7 @@ def _only_file(folder: Path) -> str:
     raise _damaged(folder, "holds no safetensors file; give the directory of a checkpoint")
 
 
-def _locate(folder: Path, name: str) -> Path:
+def locate(folder: Path, name: str) -> Path:
     """Where folder/name lies, links followed, provided that it does not lie elsewhere."""
     home = folder.resolve()
     try:

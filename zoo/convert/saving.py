@@ -1,7 +1,8 @@
 """Models into directories: our own, and those that Hugging Face's libraries load as they are."""
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from zoo.convert.source import (
     is_native,
     parameter_shapes,
 )
-from zoo.convert.table import Piece, Table, tensor_blocks
+from zoo.convert.table import Piece, Table, cast, tensor_blocks
 
+_LOG = logging.getLogger(__name__)
 DTYPES: Mapping[str, np.dtype] = {
     name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 # A config.json of Hugging Face's says these of a model, and our configs do not.
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "use_cache")
+_NAMED = 5  # tensors in a warning
 
 
 def save(model, folder: str | os.PathLike, dtype=None, like: str | os.PathLike | None = None
@@ -34,7 +37,8 @@ def save(model, folder: str | os.PathLike, dtype=None, like: str | os.PathLike |
 
     Args:
       model: of `zoo.build` or `zoo.load`.
-      folder: a name that is not taken. It appears when all is written.
+      folder: a name that is not taken. It appears when all is written; numbers in it that are not
+        finite are warned of.
       dtype: of the numbers there, as "bfloat16"; None: the model's.
       like: a model's directory whose tokenizer and settings of generation come along.
 
@@ -55,7 +59,8 @@ def to_hf(model, folder: str | os.PathLike, dtype=None, like: str | os.PathLike 
     write_hf(folder, model.config, _from_model(model), _dtype(model, dtype), like)
 
 
-Get = Callable[[Piece], np.ndarray]
+# A part of a parameter, perhaps in parts along its first axis.
+Get = Callable[[Piece], Iterable[np.ndarray]]
 
 
 def write_native(folder, config: Any, get: Get, dtype: np.dtype, like=None,
@@ -71,7 +76,7 @@ def write_native(folder, config: Any, get: Get, dtype: np.dtype, like=None,
             directory.write_json(part / THEIRS, theirs)
         if like is not None:
             directory.carry(like, part)
-        _write(part, table, get, dtype, progress, {"format": FORMAT})
+        _write(part, table, get, dtype, progress, {"format": FORMAT}, folder)
         directory.write_manifest(part)
 
 
@@ -83,13 +88,15 @@ def write_hf(folder, config: Any, get: Get, dtype: np.dtype, like=None,
     family = choose_family(config, theirs.get("model_type"))
     table = Table(family.rules, parameter_shapes(config), len(config.mixers()))
     table.check_complete()
-    kept = {key: theirs[key] for key in _KEPT if key in theirs}
+    # Without null, transformers takes its classes' defaults for ids that nobody knows.
+    kept = {key: theirs[key] for key in (*_KEPT, *family.kept) if key in theirs} if theirs else (
+        dict.fromkeys(key for key in _KEPT if key.endswith("_id")))
     with directory.create(folder) as part:
         directory.write_json(part / "config.json", {
             **kept, **family.settings(config), "torch_dtype": np.dtype(dtype).name})
         if like is not None:
             directory.carry(like, part)
-        _write(part, table, get, dtype, progress, {"format": "pt"})
+        _write(part, table, get, dtype, progress, {"format": "pt"}, folder)
 
 
 def _theirs(like: Path | None) -> dict[str, Any]:
@@ -101,12 +108,32 @@ def _theirs(like: Path | None) -> dict[str, Any]:
     return directory.read_json(like / THEIRS) if (like / THEIRS).is_file() else {}
 
 
-def _write(part: Path, table: Table, get: Get, dtype, progress, metadata) -> None:
+def _write(part: Path, table: Table, get: Get, dtype, progress, metadata, folder) -> None:
+    bad: dict[str, None] = {}
+
     def produce(key: str) -> Iterator[np.ndarray]:
-        return tensor_blocks(table.tensors[key][1], get, dtype)
+        for block in tensor_blocks(table.tensors[key][1], get, dtype):
+            if not _finite(block):
+                bad[key] = None
+            yield block
 
     tensors = {key: (dtype, shape) for key, (shape, _) in table.tensors.items()}
     safetensors.write(part, tensors, produce, metadata=metadata, progress=progress)
+    if bad:
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        _LOG.warning("%s: numbers that are not finite in %s%s", folder,
+                     ", ".join([*bad][:_NAMED]), more)
+
+
+def _finite(x: np.ndarray) -> bool:
+    """Whether all numbers are finite; for bfloat16 far faster than `np.isfinite`."""
+    if not x.size:
+        return True
+    # As integers, infinities and NaNs lie above all other numbers of their sign.
+    plus, minus = np.array([np.inf, -np.inf], x.dtype)
+    size = x.itemsize
+    return bool(x.view(f"i{size}").max() < plus.view(f"i{size}")
+                and x.view(f"u{size}").max() < minus.view(f"u{size}"))
 
 
 def _dtype(model, dtype) -> np.dtype:
@@ -129,19 +156,19 @@ def _from_model(model) -> Get:
     leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): x
               for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
-    def get(piece: Piece) -> np.ndarray:
+    def get(piece: Piece) -> list[np.ndarray]:
         path, at = piece.path, piece.at
         if path not in leaves:  # the list form
             path = path.replace("stack/blocks/", f"stack/layers/{at[0]}/", 1)
             at = at[1:]
-        return np.asarray(leaves[path][at] if at else leaves[path])
+        return [np.asarray(leaves[path][at] if at else leaves[path])]
 
     return get
 
 
 def from_source(source: Source) -> Get:
     """Parts of parameters from an opened directory."""
-    def get(piece: Piece) -> np.ndarray:
+    def get(piece: Piece) -> Iterator[np.ndarray]:
         return source.table.read(source.weights, piece.path, piece.at)
 
     return get
@@ -165,11 +192,11 @@ def compare_with_model(model, target: Source, dtype: np.dtype | None) -> Iterato
 def _compare(finer, one: Get, other: Get, dtype, progress) -> Iterator[tuple[str, str]]:
     for path, pieces in finer.table.parameters.items():
         for piece in pieces:
-            a, b = one(piece), other(piece)
-            if not np.array_equal(_bits(a.astype(dtype)), _bits(b.astype(dtype))):
-                yield path, f"{list(piece.at)} differs" if piece.at else "differs"
-            if progress is not None:
-                progress(a.nbytes)
+            for a, b in zip(one(piece), other(piece), strict=True):
+                if not np.array_equal(*(_bits(cast(x, dtype)) for x in (a, b))):
+                    yield path, f"{list(piece.at)} differs" if piece.at else "differs"
+                if progress is not None:
+                    progress(a.nbytes)
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

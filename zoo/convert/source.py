@@ -18,7 +18,7 @@ from zoo.convert.table import DTYPES, ConversionError, Table
 
 FORMAT, FORMAT_VERSION = "parazoo", 1
 # Modules with FAMILIES, each the tables of one of our model families.
-_TABLES = ("zoo.convert.transformer",)
+_TABLES = ("zoo.convert.transformer", "zoo.convert.xlstm")
 # Beside our own config.json: the one that the weights came with, for the way back.
 THEIRS = "huggingface_config.json"
 
@@ -49,7 +49,6 @@ class Source:
       weights: its tensors.
       table: what they hold.
       family: of Hugging Face's; None: the directory is ours.
-      theirs: the config.json of Hugging Face that it has or came with, else {}.
     """
 
     folder: Path
@@ -57,7 +56,6 @@ class Source:
     weights: Weights
     table: Table
     family: Family | None
-    theirs: Mapping[str, Any]
 
     def __enter__(self) -> Self:
         return self
@@ -67,9 +65,9 @@ class Source:
 
     @property
     def dtype(self) -> np.dtype:
-        """bfloat16 where all weights are, else float32."""
-        kinds = {self.weights[key].dtype for key in self.table.tensors}
-        return kinds.pop() if kinds == {DTYPES[-1]} else np.dtype(np.float32)
+        """That of all weights: bfloat16, float16, or float32, also where they differ."""
+        kinds = {self.weights[key].dtype for key in self.table.tensors} - {DTYPES[0]}
+        return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
 def is_native(folder: Path) -> bool:
@@ -95,8 +93,8 @@ def _config(folder: Path, values: Mapping[str, Any]) -> tuple[Any, Family | None
     known = {name: family for family in families()
              for name in (family.model_type, family.nested_type) if name is not None}
     if not isinstance(kind, str) or kind not in known:
-        hint = registry.suggest(str(kind), known)
-        raise ConversionError(f"{where} has model_type {kind!r}{hint}")
+        raise ConversionError(f"{where} has model_type {kind!r}; what can be converted is "
+                              + ", ".join(known))
     return known[kind].config(values, str(where)), known[kind]
 
 
@@ -127,15 +125,10 @@ def open_source(folder: str | os.PathLike, verify: bool = True) -> Source:
     config, family = _config(folder, values)
     weights = Weights(folder)
     try:
-        layers = getattr(config, "num_layers", 0)
-        if family is not None and layers > len(weights):
-            raise ConversionError(f"{folder / 'config.json'} says {layers} layers, and there are "
-                                  f"{len(weights)} tensors; this is the config of another model")
+        _check_counts(folder / "config.json", config, weights, stacked=family is None)
         shapes = parameter_shapes(config)
         if family is None:
             table, ignored = Table.identity(shapes), ()
-            theirs = folder / THEIRS
-            values = directory.read_json(theirs) if theirs.is_file() else {}
         else:
             table = Table(family.rules_for(weights), shapes, len(config.mixers()), weights)
             ignored = (*family.ignored, *_tied(family, config, weights, folder))
@@ -143,7 +136,23 @@ def open_source(folder: str | os.PathLike, verify: bool = True) -> Source:
     except BaseException:
         weights.close()
         raise
-    return Source(folder, config, weights, table, family, values)
+    return Source(folder, config, weights, table, family)
+
+
+def _check_counts(where: Path, config: Any, weights: Weights, stacked: bool) -> None:
+    """Raises ConversionError for more layers or experts than can be there.
+
+    A table has entries for each, before anything is compared. Where they are not `stacked`, each is
+    a tensor or several.
+    """
+    layers = getattr(config, "num_layers", 0)
+    experts = getattr(getattr(config, "mlp", None), "num_experts", 1)
+    most = weights.total_bytes if stacked else len(weights)
+    if layers * experts > most:
+        raise ConversionError(
+            f"{where} says {layers} layers{f' of {experts} experts' if experts > 1 else ''}, and "
+            f"there are {most} {'bytes' if stacked else 'tensors'}; this is the config of another "
+            "model")
 
 
 def _tied(family: Family, config: Any, weights: Weights, folder: Path) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ are moved tensor by tensor: views and slices, never a whole model.
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import re
 import string
@@ -201,18 +202,29 @@ class Table:
             table.parameters[path] = pieces
         return table
 
-    def read(self, weights: Weights, path: str, at: tuple[int, ...] = ()) -> np.ndarray:
-        """A parameter's part at an index along its leading axes; a view, not contiguous.
+    @functools.cached_property
+    def _held(self) -> Mapping[tuple[str, tuple[int, ...]], list[Piece]]:
+        """The pieces at each path and index, or at indices that begin with it, in their order."""
+        found = defaultdict(list)
+        for path, pieces in self.parameters.items():
+            for piece in sorted(pieces, key=lambda piece: piece.at):
+                for count in range(len(piece.at) + 1):
+                    found[path, piece.at[:count]].append(piece)
+        return dict(found)
 
-        It is one that a piece holds: that of a layer, say, or of one of its experts.
+    def read(self, weights: Weights, path: str, at: tuple[int, ...] = ()) -> Iterator[np.ndarray]:
+        """A parameter's part at an index along its leading axes; views, not contiguous.
+
+        One array; or several that follow one another along its first axis where that has a tensor
+        for each index, as a layer's experts may.
         """
-        for piece in self.parameters[path]:
-            if piece.at == at[:len(piece.at)]:
-                rest = at[len(piece.at):]
-                index = [slice(i, i + 1) for i in rest] + [slice(None)] * (
-                    len(piece.order) - len(rest))
-                return piece.read(weights, tuple(index))[(0,) * len(rest)]
-        raise KeyError((path, at))
+        known = next(count for count in range(len(at), -1, -1) if (path, at[:count]) in self._held)
+        for piece in self._held[path, at[:known]]:
+            rest = at[known:]
+            index = [slice(i, i + 1) for i in rest] + [slice(None)] * (
+                len(piece.order) - len(rest))
+            part = piece.read(weights, tuple(index))[(0,) * len(rest)]
+            yield part[(None,) * (len(piece.at) - len(at))]
 
     def _add(self, key, pieces, done) -> None:
         shape = list(pieces[0].extent)
@@ -260,22 +272,27 @@ class Table:
     def problems(self, tensors: Mapping[str, Tensor], ignored: Iterable[str] = ()) -> list[str]:
         """What keeps a checkpoint's tensors from being this model's parameters."""
         found = [f"no rule makes the parameter {path}" for path in self.unmapped]
+        tips: dict[int, tuple[str, list[str]]] = {}  # Problem -> where to look for the nearest key.
         skip = [re.compile(pattern) for pattern in ignored]
         spare = [key for key in tensors if key not in self.tensors
                  and not any(pattern.fullmatch(key) for pattern in skip)]
         for key, (shape, pieces) in self.tensors.items():
             tensor = tensors.get(key)
             if tensor is None:
-                found.append(f"{key!r} {list(shape)} is missing (for {pieces[0].path})"
-                             + _near(key, spare))
+                tips[len(found)] = key, spare
+                found.append(f"{key!r} {list(shape)} is missing (for {pieces[0].path})")
             elif tensor.shape != shape:
                 found.append(f"{key!r} is {list(tensor.shape)}; the config makes it {list(shape)}")
             elif tensor.dtype not in DTYPES:
                 found.append(f"{key!r} is {tensor.dtype}; weights are float64, float32, float16 "
                              "or bfloat16 (quantised ones must be dequantised first)")
         absent = [key for key in self.tensors if key not in tensors]
-        found += [f"{key!r} {list(tensors[key].shape)} has no place in the model"
-                  + _near(key, absent) for key in spare]
+        for key in spare:
+            tips[len(found)] = key, absent
+            found.append(f"{key!r} {list(tensors[key].shape)} has no place in the model")
+        for i, (key, known) in tips.items():
+            if i < SHOWN:  # It takes long where there are thousands.
+                found[i] += _near(key, known)
         return found
 
     def check_complete(self) -> None:
@@ -314,22 +331,32 @@ def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
         yield out.view(array.dtype)
 
 
-def tensor_blocks(pieces: Iterable[Piece], get: Callable[[Piece], np.ndarray],
+def tensor_blocks(pieces: Iterable[Piece], get: Callable[[Piece], Iterable[np.ndarray]],
                   dtype: np.dtype) -> Iterator[np.ndarray]:
-    """A tensor of a checkpoint in contiguous blocks; ``get(piece)`` gives a part of a parameter."""
+    """A tensor of a checkpoint in contiguous blocks.
+
+    ``get(piece)`` gives a part of a parameter, perhaps in parts along its first axis.
+    """
     pieces = tuple(pieces)
     if len(pieces) > 1 and pieces[0].axis > 0:
-        parts = [piece.to_theirs(get(piece)).reshape(piece.extent) for piece in pieces]
-        yield np.concatenate(parts, axis=pieces[0].axis).astype(dtype, copy=False)
+        parts = [piece.to_theirs(_whole(get(piece))).reshape(piece.extent) for piece in pieces]
+        yield cast(np.concatenate(parts, axis=pieces[0].axis), dtype)
         return
     for piece in pieces:
-        for block in blocks(piece.to_theirs(get(piece))):
-            yield block.astype(dtype, copy=False)
+        parts = get(piece)
+        if next(filter(None, piece.groups), ())[:1] != piece.order[:1]:
+            parts = [_whole(parts)]
+        for part in parts:
+            for block in blocks(piece.to_theirs(part)):
+                yield cast(block, dtype)
 
 
-def parameter_blocks(pieces: Iterable[Piece], weights: Weights, dtype: np.dtype
-                     ) -> Iterator[np.ndarray]:
-    """A parameter in contiguous blocks, from the tensors of a checkpoint."""
-    for piece in sorted(pieces, key=lambda piece: piece.at):
-        for block in blocks(piece.read(weights)):
-            yield block.astype(dtype, copy=False)
+def _whole(parts: Iterable[np.ndarray]) -> np.ndarray:
+    first, *others = parts
+    return np.concatenate([first, *others]) if others else first
+
+
+def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The numbers in another type, some of them infinite if it is too narrow."""
+    with np.errstate(over="ignore", invalid="ignore"):  # What is not finite then is looked for.
+        return array.astype(dtype, copy=False)

@@ -114,10 +114,10 @@ def _rope(c: Settings, theta: float) -> Rope:
     scaling = given or c.mapping("rope_scaling")
     if given is None:
         theta = c.number("rope_theta", theta)
-    return _rope_of(scaling or {}, theta)
+    return _rope_of(c, scaling or {}, theta)
 
 
-def _rope_of(scaling: Mapping[str, Any], theta: float) -> Rope:
+def _rope_of(c: Settings, scaling: Mapping[str, Any], theta: float) -> Rope:
     s = Settings(scaling, "its rope's scaling")
     kind = s.text("rope_type", None) or s.text("type", "default")
     theta = s.number("rope_theta", theta)
@@ -127,7 +127,9 @@ def _rope_of(scaling: Mapping[str, Any], theta: float) -> Rope:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, LinearScaling(s.number("factor")))
-    length = s.whole("original_max_position_embeddings", 8192 if kind == "llama3" else None)
+    length = s.whole("original_max_position_embeddings", None)
+    if length is None:
+        length = c.whole("max_position_embeddings")
     if kind == "llama3":
         return Rope(theta, Llama3Scaling(s.number("factor"), s.number("low_freq_factor"),
                                          s.number("high_freq_factor"), length))
@@ -234,17 +236,18 @@ def _qwen_window(c: Settings) -> int | None:
     return _window(c, 4096) if c.flag("use_sliding_window", False) else None
 
 
-def _qwen3_attention(c: Settings, head_dim: int | None) -> Attention:
+def _qwen3_attention(c: Settings, head_dim: int | None, window: int | None) -> Attention:
     bias = c.flag("attention_bias", False)
     return Attention(*_heads(c, head_dim=head_dim), rope=_rope(c, 1e4), qkv_bias=bias,
-                     out_bias=bias, window=_qwen_window(c),
+                     out_bias=bias, window=window,
                      qk_norm=Norm("rms", c.number("rms_norm_eps", 1e-6)))
 
 
 def _qwen3_config(c: Settings) -> Transformer:
     return Transformer(
         **_common(c), norm=Norm("rms", c.number("rms_norm_eps", 1e-6)),
-        attention=_qwen3_attention(c, 128), mlp=Mlp(c.whole("intermediate_size"), _activation(c)))
+        attention=_qwen3_attention(c, 128, _qwen_window(c)),
+        mlp=Mlp(c.whole("intermediate_size"), _activation(c)))
 
 
 def _moe(c: Settings, hidden: int, **options) -> Moe:
@@ -263,9 +266,13 @@ def _all_sparse(c: Settings) -> None:
 
 def _qwen3_moe_config(c: Settings) -> Transformer:
     _all_sparse(c)
+    # Here all layers have the window, whatever max_window_layers says.
+    window = c.whole("sliding_window", 4096, null=None)
+    if not c.flag("use_sliding_window", False):
+        window = None
     return Transformer(
         **_common(c), norm=Norm("rms", c.number("rms_norm_eps", 1e-6)),
-        attention=_qwen3_attention(c, None),
+        attention=_qwen3_attention(c, None, window),
         mlp=_moe(c, c.whole("moe_intermediate_size"),
                  normalize=c.flag("norm_topk_prob", False)))
 
@@ -291,9 +298,9 @@ def _mixtral_config(c: Settings) -> Transformer:
         mlp=_moe(c, c.whole("intermediate_size"), normalize=True))
 
 
-def _gemma(c: Settings, *, softcaps: tuple[float | None, float | None], qk_norm: bool,
+def _gemma(c: Settings, *, softcap: float | None, logit_softcap: float | None, qk_norm: bool,
            ropes: tuple[Rope, Rope], period: int) -> Transformer:
-    """`softcaps`: defaults of attention's and the logits'; `ropes`: local and global."""
+    """`logit_softcap` and `period`: defaults; `ropes`: local and global."""
     if c.flag("use_bidirectional_attention", False):
         raise Unsupported("use_bidirectional_attention", True, "false")
     common = _common(c, tie=True)
@@ -304,8 +311,7 @@ def _gemma(c: Settings, *, softcaps: tuple[float | None, float | None], qk_norm:
     windows = (c.whole("sliding_window", 4096, null=None), None)
     local, full = (
         Attention(heads, groups, size, rope=rope, qkv_bias=bias, out_bias=bias,
-                  softcap=c.number("attn_logit_softcapping", softcaps[0], null=None),
-                  scale=scalar**-0.5, window=window,
+                  softcap=softcap, scale=scalar**-0.5, window=window,
                   qk_norm=norm if qk_norm else None)
         for rope, window in zip(ropes, windows, strict=True))
     kinds = c.texts("layer_types")
@@ -324,23 +330,29 @@ def _gemma(c: Settings, *, softcaps: tuple[float | None, float | None], qk_norm:
         mlp=Mlp(c.whole("intermediate_size"),
                 _activation(c, "hidden_activation", "gelu_pytorch_tanh")),
         embed_scale=common["width"] ** 0.5,
-        logit_softcap=c.number("final_logit_softcapping", softcaps[1], null=None))
+        logit_softcap=c.number("final_logit_softcapping", logit_softcap, null=None))
 
 
 def _gemma2_config(c: Settings) -> Transformer:
     rope = _rope(c, 1e4)
-    return _gemma(c, softcaps=(50.0, 30.0), qk_norm=False, ropes=(rope, rope), period=2)
+    softcap = c.number("attn_logit_softcapping", 50.0, null=None)
+    return _gemma(c, softcap=softcap, logit_softcap=30.0, qk_norm=False, ropes=(rope, rope),
+                  period=2)
 
 
 def _gemma3_config(c: Settings) -> Transformer:
+    # As a text_config it leaves out what transformers has as its class's defaults.
+    c.fill(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+           num_attention_heads=8, max_position_embeddings=131072)
     both = c.mapping("rope_parameters")
     if both is None:
         ropes = (Rope(c.number("rope_local_base_freq", 1e4)), _rope(c, 1e6))
     else:
         nested = Settings(both, "its rope_parameters")
-        ropes = (_rope_of(nested.mapping(_LOCAL) or {}, 1e4),
-                 _rope_of(nested.mapping(_FULL) or {}, 1e6))
-    return _gemma(c, softcaps=(None, None), qk_norm=True, ropes=ropes, period=6)
+        ropes = (_rope_of(c, nested.mapping(_LOCAL) or {}, 1e4),
+                 _rope_of(c, nested.mapping(_FULL) or {}, 1e6))
+    # attn_logit_softcapping may stand there, and transformers caps no scores of this family.
+    return _gemma(c, softcap=None, logit_softcap=None, qk_norm=True, ropes=ropes, period=6)
 
 
 def _gpt2_config(c: Settings) -> Transformer:

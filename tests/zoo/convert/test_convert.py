@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 
 import jax
@@ -14,6 +15,7 @@ import sharding
 import zoo
 from tests import tiny
 from zoo import convert, protocol
+from zoo.convert import directory, saving, table
 from zoo.convert.source import choose_family, open_source
 
 # One of each table and each of its options.
@@ -182,9 +184,22 @@ GEMMA_3_1B = {
 }  # fmt: skip
 
 
+# With an image encoder; its text_config has only what differs from transformers' defaults.
+GEMMA_3_4B = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+    "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144,
+    "initializer_range": 0.02, "mm_tokens_per_image": 256, "model_type": "gemma3",
+    "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+                    "num_hidden_layers": 34, "sliding_window": 1024,
+                    "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+    "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+    "vision_config": {"hidden_size": 1152},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(("values", "preset"), [
     (LLAMA_31_8B, "llama3.1-8b"), (QWEN_25_7B, "qwen2.5-7b"), (MIXTRAL_8X7B, "mixtral-8x7b"),
-    (GEMMA_3_1B, "gemma3-1b"),
+    (GEMMA_3_1B, "gemma3-1b"), (GEMMA_3_4B, "gemma3-4b"),
 ])
 def test_published_config_jsons_are_the_presets(values, preset, tmp_path, caplog):
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -194,7 +209,23 @@ def test_published_config_jsons_are_the_presets(values, preset, tmp_path, caplog
     found = dataclasses.replace(found, max_length=expected.max_length)
     assert family.comparable(found) == family.comparable(expected)
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING
-                and "use_mrope" not in r.message]
+                and "use_mrope" not in r.message and "the text model alone" not in r.message]
+
+
+def read_config(model_type, **values):
+    """What we make of the config.json of a preset's, changed."""
+    preset = {"gemma3_text": "gemma3-1b", "qwen3_moe": "qwen3-30b-a3b", "llama": "llama2-7b"}
+    family = choose_family(zoo.config(preset[model_type]), model_type)
+    return family.config({**family.settings(zoo.config(preset[model_type])), **values}, "there")
+
+
+def test_settings_mean_what_transformers_takes_them_for():
+    yarn = read_config("llama", rope_scaling={"type": "yarn", "factor": 4.0},
+                       max_position_embeddings=100)
+    assert yarn.attention.rope.scaling.original_length == 100
+    assert read_config("gemma3_text", attn_logit_softcapping=3.0).attention.softcap is None
+    window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 28}
+    assert read_config("qwen3_moe", **window).attention.window == 9
 
 
 def test_all_problems_at_once(copy):
@@ -233,6 +264,17 @@ def test_a_head_that_is_tied_and_stored(copy):
         convert.from_hf(copy)
 
 
+def test_the_nearest_names_are_not_sought_for_what_is_not_shown(copy, monkeypatch):
+    """That took minutes for a few thousand tensors."""
+    sought = []
+    monkeypatch.setattr(table.difflib, "get_close_matches",
+                        lambda key, *args, **kwargs: sought.append(key) or [])
+    with open_source(copy) as source:
+        tensors = {f"other.{i}": source.weights["model.norm.weight"] for i in range(100)}
+        problems = source.table.problems(tensors)
+    assert len(problems) == 21 + 100 and len(sought) == table.SHOWN
+
+
 def test_buffers_of_old_checkpoints_are_left_out(copy):
     change(copy, lambda t: t.update({
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}))
@@ -244,12 +286,31 @@ def test_numbers_that_are_not_finite_warn(copy, caplog):
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
 
     change(copy, damage)
-    convert.from_hf(copy)
+    model = convert.from_hf(copy)
     assert "not finite in stack/layers/1/0/mlp/up/kernel" in caplog.text
+    caplog.clear()
+    convert.to_hf(model, copy.parent / "again", dtype="bfloat16")
+    assert "not finite in model.layers.1.mlp.up_proj.weight" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_finite(dtype):
+    x = np.array([0.0, -0.0, 1.0, -3e4, 3e4], saving.DTYPES[dtype])
+    assert saving._finite(x) and saving._finite(x[:0])
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        assert not saving._finite(np.append(x, x.dtype.type(bad)))
+
+
+def test_numbers_too_large_for_a_type_warn(theirs, tmp_path, caplog):
+    model = zoo.protocol.merge(*(
+        part if i == 0 else jax.tree.map(lambda x: x * 1e6, part)
+        for i, part in enumerate(protocol.split(theirs[1]))))
+    convert.save(model, tmp_path / "small", dtype="float16")
+    assert "not finite in embed/table" in caplog.text
 
 
 BAD_CONFIGS = {
-    "model_type": ({"model_type": "lama"}, "model_type 'lama'; did you mean 'llama'"),
+    "model_type": ({"model_type": "lama"}, "model_type 'lama'; what can be converted is llama, qwe"),
     "no type": ({"model_type": None}, "model_type None"),
     "lacks": ({"hidden_size": None}, "lacks 'hidden_size'; it must be an integer from 1"),
     "text": ({"hidden_size": "32"}, "hidden_size = '32'; it must be an integer"),
@@ -262,8 +323,11 @@ BAD_CONFIGS = {
     "heads": ({"num_key_value_heads": 3}, "num_heads is 4, which does not divide by"),
     "activation": ({"hidden_act": "mish"}, "hidden_act is 'mish'; what can be converted is silu"),
     "rope": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "needs factor >= 1"),
     "rope list": ({"rope_scaling": [1]}, r"rope_scaling = \[1\]; it must be an object"),
     "quantised": ({"quantization_config": {"bits": 4}}, "not quantised"),
+    "many experts": ({"model_type": "mixtral", "num_local_experts": 10**9,
+                      "num_experts_per_tok": 2}, "2 layers of 1000000000 experts, and there are 21"),
     "other sizes": ({"intermediate_size": 50}, r"the config makes it \[50, 32\]"),
 }
 
@@ -281,6 +345,22 @@ def test_a_config_that_is_no_json(text, copy):
     (copy / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match="config.json (is no JSON|holds no JSON object)"):
         convert.load(copy)
+
+
+def test_a_config_that_is_a_pipe(copy):
+    (copy / "config.json").unlink()
+    os.mkfifo(copy / "config.json")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        convert.load(copy)
+
+
+def test_a_tokenizer_that_is_a_link_elsewhere(theirs, copy, tmp_path):
+    """The copy would hold a file of the user's that has nothing to do with it."""
+    (tmp_path / "secret").write_text("{}")
+    (copy / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is a link that leads outside"):
+        convert.save(theirs[1], tmp_path / "new", like=copy)
+    assert not list(tmp_path.glob("new*"))
 
 
 def test_directories_that_are_none(tmp_path):
@@ -304,6 +384,29 @@ def test_damage_to_our_own_files_is_noticed(how, tmp_path):
         data = path.read_bytes().replace(b'"rms"', b'"rmz"')
     path.unlink() if how == "lose" else path.write_bytes(data)
     with pytest.raises(ValueError, match="copy the whole directory again"):
+        convert.load(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("how", ["empty", "more"])
+def test_a_manifest_that_leaves_something_out(how, tmp_path):
+    convert.save(tiny_model("llama-tiny"), tmp_path / "ours")
+    if how == "empty":
+        (tmp_path / "ours" / "manifest.json").write_text('{"files": {}}')
+    else:
+        shutil.copy(tmp_path / "ours" / "model.safetensors", tmp_path / "ours" / "x.safetensors")
+    with pytest.raises(ValueError, match="is not in the directory's manifest"):
+        convert.load(tmp_path / "ours")
+
+
+def test_our_own_config_of_a_billion_layers(tmp_path):
+    convert.save(tiny_model("llama-tiny"), tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    values = json.loads(path.read_text())
+    values["model"]["num_layers"] = 10**9
+    path.write_text(json.dumps(values))
+    (tmp_path / "ours" / "manifest.json").unlink()
+    directory.write_manifest(tmp_path / "ours")
+    with pytest.raises(ValueError, match="says 1000000000 layers, and there are"):
         convert.load(tmp_path / "ours")
 
 
@@ -344,6 +447,42 @@ def test_what_a_kill_left_is_replaced(theirs, tmp_path):
     convert.to_hf(theirs[1], tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
     assert_same(theirs[1], convert.from_hf(tmp_path / "new"))
+
+
+def test_a_directory_that_another_process_writes(theirs, tmp_path):
+    """Two that write to one directory would leave it with parts of both."""
+    with directory.create(tmp_path / "new") as part:
+        (part / "file").write_text("mine")
+        with pytest.raises(ValueError, match="is being written by another process"):
+            convert.to_hf(theirs[1], tmp_path / "new")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["file"]
+
+
+def test_a_head_dim_that_other_families_cannot_have(tmp_path):
+    convert.to_hf(tiny_model("gpt2", **{"attention.head_dim": 7, "width": 28}), tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["model_type"] == "gpt2"
+
+
+def test_ids_that_nobody_knows_are_null(theirs):
+    assert json.loads((theirs[0] / "config.json").read_text())["eos_token_id"] is None
+
+
+def test_experts_are_moved_one_by_one(tmp_path):
+    """From tensors apart into one of ours, with no more in memory than one of them."""
+    model = tiny_model("mixtral-8x7b")
+    convert.to_hf(model, tmp_path / "theirs")
+    largest = 0
+
+    def get(piece):
+        nonlocal largest
+        for part in saving.from_source(source)(piece):
+            largest = max(largest, part.nbytes)
+            yield part
+
+    with open_source(tmp_path / "theirs") as source:
+        saving.write_native(tmp_path / "ours", source.config, get, source.dtype)
+        assert largest == max(t.nbytes for t in source.weights.values())
+    assert_same(model, convert.load(tmp_path / "ours"))
 
 
 def test_a_config_that_no_one_else_has(tmp_path):

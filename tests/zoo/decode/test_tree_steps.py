@@ -20,6 +20,7 @@ CONFIGS = {
     "narrow window, softcap": tiny.config(
         "mistral-7b", **{"attention.window": 2, "attention.softcap": 2.0}),
     "learned positions": tiny.config("gpt2"),
+    "mlstm": tiny.config("xlstm-7b"),
 }
 
 
