@@ -47,7 +47,7 @@ def render(text: str, messages: Sequence[Mapping[str, str]], special: Mapping[st
     """
     try:
         import jinja2
-        from jinja2.ext import loopcontrols
+        from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise ValueError("--chat needs the library jinja2: pip install 'parazoo[hf]'") from None
@@ -55,11 +55,21 @@ def render(text: str, messages: Sequence[Mapping[str, str]], special: Mapping[st
     def refuse(message: str):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, indent=None, **_):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    class Generation(Extension):
+        """{% generation %}, which some templates put around answers, to train on these alone."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     room = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                         extensions=[loopcontrols])
+                                         extensions=[loopcontrols, Generation])
     room.filters["tojson"] = to_json
     room.globals |= {"raise_exception": refuse,
                      "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
@@ -67,6 +77,7 @@ def render(text: str, messages: Sequence[Mapping[str, str]], special: Mapping[st
         return room.from_string(text).render(
             messages=list(messages), tools=None, documents=None, add_generation_prompt=True,
             **special)
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError,
-            TypeError, ValueError) as error:
-        raise ValueError(f"the chat template cannot be used: {error}") from None
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError,
+            RecursionError, TypeError, ValueError) as error:
+        problem = str(error) or type(error).__name__
+        raise ValueError(f"the chat template cannot be used: {problem}") from None

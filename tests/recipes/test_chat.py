@@ -16,6 +16,10 @@ def test_a_conversation():
         "<|im_start|>user\nHi {{ 7*7 }}<|im_end|>\n<|im_start|>assistant\n")
     assert chat.render("{{ bos_token }}{{ messages[0] | tojson }}", MESSAGES,
                        {"bos_token": "<s>"}).startswith('<s>{"role": "user"')
+    marked = "{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}!{% endfor %}"
+    assert chat.render(marked, MESSAGES, {}) == "user!"
+    assert chat.render("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}", MESSAGES, {}) == (
+        '{"a": 2, "b": 1}')
     # As transformers has it, they are there, and nothing.
     assert chat.render("{{ tools is none and documents is none }}", MESSAGES, {}) == "True"
 

@@ -156,8 +156,9 @@ def test_chat(theirs, monkeypatch, capsys):
 def test_a_directory_without_a_config(theirs, tmp_path, capsys):
     folder = shutil.copytree(theirs, tmp_path / "bare")
     (folder / "config.json").unlink()
-    for module, flag in ((convert, "--source"), (decode, "--checkpoint")):
-        assert run(module, f"{flag}={folder}", "--prompt=Hi" if module is decode else "--out=x") == 2
+    for module, *args in ((convert, f"--source={folder}", "--out=x"),
+                          (decode, f"--checkpoint={folder}", "--prompt=Hi")):
+        assert run(module, *args) == 2
         assert "has no config.json" in capsys.readouterr().err
 
 

@@ -152,7 +152,7 @@ def test_training_leaves_the_base_alone():
 
 @pytest.mark.parametrize("changes", [
     {"stacked": False, "accumulate": 2}, {"stacked": True, "remat": "full", "accumulate": 2},
-    {"stacked": True, "explicit": True},
+    pytest.param({"stacked": True, "explicit": True}, marks=pytest.mark.slow),
 ], ids=["list", "stack", "explicit"])
 def test_eight_devices_give_what_one_does(changes):
     state, metrics = take(program(tiny.MESH, **changes), 2)

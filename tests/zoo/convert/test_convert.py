@@ -310,7 +310,7 @@ def test_numbers_too_large_for_a_type_warn(theirs, tmp_path, caplog):
 
 
 BAD_CONFIGS = {
-    "model_type": ({"model_type": "lama"}, "model_type 'lama'; what can be converted is llama, qwe"),
+    "model_type": ({"model_type": "lama"}, "model_type 'lama'; what can be converted is llama,"),
     "no type": ({"model_type": None}, "model_type None"),
     "lacks": ({"hidden_size": None}, "lacks 'hidden_size'; it must be an integer from 1"),
     "text": ({"hidden_size": "32"}, "hidden_size = '32'; it must be an integer"),
@@ -327,7 +327,7 @@ BAD_CONFIGS = {
     "rope list": ({"rope_scaling": [1]}, r"rope_scaling = \[1\]; it must be an object"),
     "quantised": ({"quantization_config": {"bits": 4}}, "not quantised"),
     "many experts": ({"model_type": "mixtral", "num_local_experts": 10**9,
-                      "num_experts_per_tok": 2}, "2 layers of 1000000000 experts, and there are 21"),
+                      "num_experts_per_tok": 2}, "2 layers of 1000000000 experts, and"),
     "other sizes": ({"intermediate_size": 50}, r"the config makes it \[50, 32\]"),
 }
 
