@@ -28,3 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(convert, name)
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+
+
+def __dir__() -> Any:
+    return sorted({*globals(), *_CONVERT})

@@ -63,8 +63,12 @@ CASES = {
     "gemma3": ("Gemma3Text", {**GEMMA, "num_hidden_layers": 8, "rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}),
+    "gemma3-caps": ("Gemma3Text", {**GEMMA, "final_logit_softcapping": 5.0,
+                                   "attn_logit_softcapping": 3.0}),  # The latter does nothing.
     "mixtral": ("Mixtral", {**SHAPE, **rope(), "num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen3-moe": ("Qwen3Moe", {**SHAPE, **rope(), **MOE, "norm_topk_prob": True}),
+    "qwen3-moe-window": ("Qwen3Moe", {**SHAPE, **rope(), **MOE, "use_sliding_window": True,
+                                      "sliding_window": 6}),
     "qwen3-moe-unnormalised": ("Qwen3Moe", {**SHAPE, **rope(), **MOE}),
     "qwen2-moe": ("Qwen2Moe", {**SHAPE, **rope(), **MOE, "head_dim": 8,
                                "shared_expert_intermediate_size": 28}),
@@ -162,11 +166,12 @@ def test_a_gemma_3_with_eyes(tmp_path):
     assert_close(here({"tokens": TOKENS.astype(np.int32)}).hidden, expected, tol=TOLERANCE)
 
 
-def test_converting_with_a_check(tmp_path, capsys):
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_converting_with_a_check(name, tmp_path, capsys):
     """The recipe's own report, of a model converted file to file."""
     from recipes import command, convert
 
-    peer("qwen3").save_pretrained(tmp_path / "theirs")
+    peer(name).save_pretrained(tmp_path / "theirs")
     code = command.execute(convert.main, [
         "convert", f"--source={tmp_path / 'theirs'}", f"--out={tmp_path / 'ours'}", "--check"])
     assert code == 0

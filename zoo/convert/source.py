@@ -92,6 +92,9 @@ def _config(folder: Path, values: Mapping[str, Any]) -> tuple[Any, Family | None
     kind = values.get("model_type")
     known = {name: family for family in families()
              for name in (family.model_type, family.nested_type) if name is not None}
+    if kind is None and "training" in values:
+        raise ConversionError(f"{where} is of a training run; make a model's directory of it with "
+                              "recipes.convert --source")
     if not isinstance(kind, str) or kind not in known:
         raise ConversionError(f"{where} has model_type {kind!r}; what can be converted is "
                               + ", ".join(known))

@@ -311,6 +311,7 @@ def test_numbers_too_large_for_a_type_warn(theirs, tmp_path, caplog):
 
 BAD_CONFIGS = {
     "model_type": ({"model_type": "lama"}, "model_type 'lama'; what can be converted is llama,"),
+    "run": ({"model_type": None, "training": {}}, "is of a training run; make a model's directory"),
     "no type": ({"model_type": None}, "model_type None"),
     "lacks": ({"hidden_size": None}, "lacks 'hidden_size'; it must be an integer from 1"),
     "text": ({"hidden_size": "32"}, "hidden_size = '32'; it must be an integer"),
@@ -361,6 +362,10 @@ def test_a_tokenizer_that_is_a_link_elsewhere(theirs, copy, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json is a link that leads outside"):
         convert.save(theirs[1], tmp_path / "new", like=copy)
     assert not list(tmp_path.glob("new*"))
+
+
+def test_what_is_loaded_on_demand_is_listed():
+    assert {"from_hf", "load", "save", "to_hf"} <= set(dir(zoo))
 
 
 def test_directories_that_are_none(tmp_path):
