@@ -26,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 INDEX = "model.safetensors.index.json"
+_ONE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 1_000_000  # in a file, and in an index
 _MAX_JSON_NODES = 10 * MAX_TENSORS  # brackets and commas: bounds what parsing may allocate
@@ -109,7 +110,8 @@ class Weights(Mapping[str, Tensor]):
         self.total_bytes = sum(tensor.nbytes for tensor in self._tensors.values())
 
     def _open_directory(self, folder: Path) -> None:
-        if not os.path.lexists(folder / INDEX):
+        # Where there is both, transformers takes the one file, and leaves the index alone.
+        if os.path.lexists(folder / _ONE_FILE) or not os.path.lexists(folder / INDEX):
             name = _only_file(folder)
             self._open(folder / name, locate(folder, name))
             return
@@ -293,7 +295,7 @@ def write(
         raise ValueError(f"{folder} already holds {min(present)}; give a new directory")
     shards = _plan(tensors, max_shard_bytes)
     count = len(shards)
-    files = [folder / ("model.safetensors" if count == 1 else
+    files = [folder / (_ONE_FILE if count == 1 else
                        f"model-{number:05}-of-{count:05}.safetensors")
              for number in range(1, count + 1)]
     headers = [_header(shard, metadata, file) for shard, file in zip(shards, files, strict=True)]
@@ -448,8 +450,8 @@ def _only_file(folder: Path) -> str:
     """The name of the safetensors file of a directory without an index."""
     names = sorted(path.name for path in folder.iterdir())
     found = [name for name in names if name.endswith(".safetensors")]
-    if "model.safetensors" in found:
-        return "model.safetensors"
+    if _ONE_FILE in found:
+        return _ONE_FILE
     if len(found) == 1:
         return found[0]
     if found:

@@ -743,3 +743,13 @@ def test_fuzzing():
     for end in ("file: accepted by both", "file: refused by both", "index: accepted",
                 "index: refused"):
         assert ends[end] > 50
+
+
+def test_one_file_goes_before_an_index(tmp_path):
+    """As in transformers: a directory that was saved again in one piece keeps its old index."""
+    for name, value in (("model.safetensors", 1.0), ("model-00001-of-00001.safetensors", 2.0)):
+        library.numpy.save_file({"a": np.full(4, value, np.float32)}, tmp_path / name)
+    (tmp_path / INDEX).write_text(json.dumps(
+        {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    with Weights(tmp_path) as weights:
+        assert weights.read("a").tolist() == [1.0] * 4
