@@ -34,7 +34,7 @@ test-all: ## run the tests with the full product of kernel cases (slow)
 
 aot: ## compile for described TPU slices and Hopper GPUs, without one
 	@python=$$(.ci/venv aot) && \
-	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(pytest) tests/aot
+	JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false $(pytest) --dist=loadgroup tests/aot
 
 lint: ## check the style with ruff
 	@python=$$(.ci/venv) && "$$python" -m ruff check .

@@ -11,6 +11,9 @@ import pytest
 
 from sharding.topology import child_env
 
+# One process: the tests share what is compiled once.
+pytestmark = pytest.mark.xdist_group("described_machines")
+
 STEP = pathlib.Path(__file__).with_name("train_step.py")
 # As in train_step.py: float32 parameters and momentum, bfloat16 copies of the weights.
 WIDTH, HIDDEN, LAYERS, ROWS = 512, 2048, 12, 256
