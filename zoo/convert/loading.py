@@ -1,5 +1,6 @@
 """Models from directories: every tensor goes straight to the devices that hold its parts."""
 
+import concurrent.futures
 import functools
 import logging
 import os
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from zoo import protocol, registry
 from zoo.convert.source import Source, is_native, open_source
-from zoo.convert.table import Piece
+from zoo.convert.table import Piece, all_finite
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,36 +62,43 @@ def _load(source: Source, mesh, rules, dtype, stacked, remat, progress):
     model = registry.build(source.config, 0, mesh, rules, dtype, abstract=True, stacked=stacked,
                            remat=remat)
     definition, abstract = protocol.split(model)
-    finite: dict[str, jax.Array] = {}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    bad: dict[str, None] = {}
 
-    def make(path, like):
-        path = jax.tree_util.keystr(path, simple=True, separator="/")
+    def make(item):
+        path = jax.tree_util.keystr(item[0], simple=True, separator="/")
         listed = re.fullmatch(r"stack/layers/(\d+)/(.*)", path)
         name = f"stack/blocks/{listed[2]}" if listed else path
         pieces = source.table.parameters[name]
         if listed:
             pieces = [piece for piece in pieces if piece.at[0] == int(listed[1])]
-        leaf = _leaf(source, pieces, 1 if listed else 0, like, progress)
-        finite[path] = _finite(leaf)
-        return leaf
 
-    params = jax.tree_util.tree_map_with_path(make, abstract)
-    bad = [path for path, fine in jax.device_get(finite).items() if not fine]
+        def read(piece, index):
+            part = piece.read(source.weights, index)
+            if not all_finite(part):
+                bad[path] = None
+            progress(part.nbytes)
+            return part
+
+        return _leaf(read, pieces, 1 if listed else 0, item[1])
+
+    # While one tensor is read another goes to its devices; more at a time would take more memory.
+    # Several processes must call jitted functions in one order.
+    workers = 2 if jax.process_count() == 1 else 1
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        params = jax.tree.unflatten(structure, list(pool.map(make, leaves)))
     if bad:
         _LOG.warning("%s: numbers that are not finite in %s", source.folder, ", ".join(bad))
     return protocol.merge(definition, params)
 
 
-@jax.jit
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(x))
+Read = Callable[[Piece, tuple[slice, ...]], np.ndarray]
 
 
-def _leaf(source: Source, pieces: list[Piece], skip: int, like: jax.ShapeDtypeStruct, progress
-          ) -> jax.Array:
+def _leaf(read: Read, pieces: list[Piece], skip: int, like: jax.ShapeDtypeStruct) -> jax.Array:
     """A parameter from its pieces, whose index along its leading axes is ``at[skip:]``."""
     if len(pieces) == 1 and not pieces[0].at[skip:]:
-        leaf = _put(source, pieces[0], like.sharding, progress)
+        leaf = _put(read, pieces[0], like.sharding)
         if leaf.dtype == like.dtype:
             return leaf
         return jax.jit(lambda x: x.astype(like.dtype), out_shardings=like.sharding,
@@ -99,19 +107,18 @@ def _leaf(source: Source, pieces: list[Piece], skip: int, like: jax.ShapeDtypeSt
     for piece in pieces:
         at = piece.at[skip:]
         spec = (*like.sharding.spec, *[None] * len(like.shape))[len(at):len(like.shape)]
-        part = _put(source, piece, NamedSharding(like.sharding.mesh, P(*spec)), progress)
+        part = _put(read, piece, NamedSharding(like.sharding.mesh, P(*spec)))
         leaf = _update(like.sharding)(leaf, part, np.array(at, np.int32))
     return leaf
 
 
-def _put(source: Source, piece: Piece, layout, progress) -> jax.Array:
+def _put(read: Read, piece: Piece, layout) -> jax.Array:
     seen: dict[tuple, np.ndarray] = {}
 
     def part(index):
         key = tuple((s.start, s.stop) for s in index)
         if key not in seen:
-            seen[key] = piece.read(source.weights, index)
-            progress(seen[key].nbytes)
+            seen[key] = read(piece, index)
         return seen[key]
 
     return jax.make_array_from_callback(piece.shape, layout, part)

@@ -360,3 +360,14 @@ def cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The numbers in another type, some of them infinite if it is too narrow."""
     with np.errstate(over="ignore", invalid="ignore"):  # What is not finite then is looked for.
         return array.astype(dtype, copy=False)
+
+
+def all_finite(x: np.ndarray) -> bool:
+    """Whether all of an array's floating-point numbers are; far faster than `np.isfinite`."""
+    if not x.size:
+        return True
+    # As integers, infinities and NaNs lie above all other numbers of their sign.
+    plus, minus = np.array([np.inf, -np.inf], x.dtype)
+    size = x.itemsize
+    return bool(x.view(f"i{size}").max() < plus.view(f"i{size}")
+                and x.view(f"u{size}").max() < minus.view(f"u{size}"))

@@ -296,9 +296,9 @@ def test_numbers_that_are_not_finite_warn(copy, caplog):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_is_finite(dtype):
     x = np.array([0.0, -0.0, 1.0, -3e4, 3e4], saving.DTYPES[dtype])
-    assert saving._finite(x) and saving._finite(x[:0])
+    assert table.all_finite(x) and table.all_finite(x[:0])
     for bad in (np.inf, -np.inf, np.nan, -np.nan):
-        assert not saving._finite(np.append(x, x.dtype.type(bad)))
+        assert not table.all_finite(np.append(x, x.dtype.type(bad)))
 
 
 def test_numbers_too_large_for_a_type_warn(theirs, tmp_path, caplog):
