@@ -293,6 +293,20 @@ def test_numbers_that_are_not_finite_warn(copy, caplog):
     assert "not finite in model.layers.1.mlp.up_proj.weight" in caplog.text
 
 
+def test_blocks_are_the_array_in_order(monkeypatch):
+    """Of any rank, in any order of axes, cut anywhere, with axes of length 1 and none."""
+    monkeypatch.setattr(table, "BLOCK_BYTES", 1000)
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        rank = int(rng.integers(1, 5))
+        whole = rng.normal(size=rng.integers(1, 70 if rank < 3 else 12, rank)).astype("bfloat16")
+        view = whole.transpose(rng.permutation(rank))
+        view = view[tuple(slice(int(rng.integers(0, n)), None) for n in view.shape)]
+        blocks = list(table.blocks(view))
+        assert all(block.flags.c_contiguous for block in blocks)
+        assert np.array_equal(np.concatenate([b.reshape(-1) for b in blocks]), view.reshape(-1))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_is_finite(dtype):
     x = np.array([0.0, -0.0, 1.0, -3e4, 3e4], saving.DTYPES[dtype])
