@@ -623,10 +623,8 @@ class Source:
         config = zoo.override(self.config, settings)
         if config == self.config:
             return config
-        have, want = ({jax.tree_util.keystr(path, simple=True, separator="/"): x.shape
-                       for path, x in jax.tree_util.tree_leaves_with_path(zoo.protocol.split(
-                           zoo.build(c, abstract=True, stacked=True))[1])}
-                      for c in (self.config, config))
+        have, want = ({path: x.shape for path, x in zoo.protocol.flat(zoo.protocol.split(
+            zoo.build(c, abstract=True, stacked=True))[1]).items()} for c in (self.config, config))
         for name in sorted(have.keys() | want.keys()):
             if have.get(name) != want.get(name):
                 raise ValueError(

@@ -103,3 +103,17 @@ def batch(vocab: int, rows: int = 8, length: int = 12, seed: int = 0) -> dict[st
         "labels": np.roll(tokens, -1, axis=1),
         "weights": ((rng.random((rows, length)) > 1 / 3) & (segments > 0)).astype(np.float32),
     }
+
+
+def flat(model) -> dict[str, np.ndarray]:
+    """A model's parameters by path, in the stacked layout."""
+    params = protocol.to_stacked(protocol.split(model)[1])
+    return {path: np.asarray(x) for path, x in protocol.flat(params).items()}
+
+
+def assert_same(one, other) -> None:
+    """Two models have the same parameters, to the bit and the type."""
+    a, b = flat(one), flat(other)
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype and np.array_equal(a[path], b[path]), path

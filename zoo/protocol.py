@@ -11,7 +11,7 @@ from flax import nnx
 from layers.stack import to_list, to_stacked
 
 __all__ = [
-    "Output", "Params", "Rows", "Step", "axes", "cast", "merge", "num_params", "shardings",
+    "Output", "Params", "Rows", "Step", "axes", "cast", "flat", "merge", "num_params", "shardings",
     "split", "to_list", "to_stacked",
 ]
 
@@ -115,6 +115,12 @@ def shardings(mesh, rules, names: Params, params: Params) -> Params:
     return jax.tree.map(
         lambda a, x: rules.sharding(mesh, a, x.shape), names, params,
         is_leaf=lambda node: isinstance(node, tuple))
+
+
+def flat(params: Params) -> dict[str, Any]:
+    """Parameters by path, in the order of `jax.tree.leaves`: ``{"embed/table": array}``."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x
+            for path, x in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def cast(params: Params, dtype) -> Params:

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 import zoo
 from layers.mlp import Mlp
 from tests import tiny
+from tests.tiny import assert_same
 from tests.tolerances import assert_close
-from zoo import protocol
 from zoo.convert.source import choose_family
 from zoo.convert.table import ConversionError
 
@@ -33,18 +33,6 @@ CONFIG_7B = {
 def small(**overrides):
     """One epsilon, as a config.json has."""
     return tiny.config("xlstm-7b", **{"mlstm.norm_eps": 1e-5, **overrides})
-
-
-def flat(model) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(protocol.to_stacked(protocol.split(model)[1]))
-    return {jax.tree_util.keystr(k, simple=True, separator="/"): np.asarray(x) for k, x in leaves}
-
-
-def assert_same(one, other) -> None:
-    a, b = flat(one), flat(other)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert np.array_equal(a[path], b[path]), path
 
 
 def rename(folder, change) -> None:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from zoo.convert.safetensors import locate
+from zoo.convert.safetensors import locate, sync
 
 MANIFEST = "manifest.json"
 # What a model directory of Hugging Face carries beside its weights and config.json.
@@ -51,18 +51,10 @@ def create(folder: str | os.PathLike) -> Iterator[Path]:
             os.fsync(handle)
             # Over an empty directory this is atomic, too.
             os.replace(part, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-    finally:
-        os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -62,11 +62,10 @@ def _load(source: Source, mesh, rules, dtype, stacked, remat, progress):
     model = registry.build(source.config, 0, mesh, rules, dtype, abstract=True, stacked=stacked,
                            remat=remat)
     definition, abstract = protocol.split(model)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     bad: dict[str, None] = {}
 
     def make(item):
-        path = jax.tree_util.keystr(item[0], simple=True, separator="/")
+        path, like = item
         listed = re.fullmatch(r"stack/layers/(\d+)/(.*)", path)
         name = f"stack/blocks/{listed[2]}" if listed else path
         pieces = source.table.parameters[name]
@@ -80,16 +79,16 @@ def _load(source: Source, mesh, rules, dtype, stacked, remat, progress):
             progress(part.nbytes)
             return part
 
-        return _leaf(read, pieces, 1 if listed else 0, item[1])
+        return _leaf(read, pieces, 1 if listed else 0, like)
 
     # While one tensor is read another goes to its devices; more at a time would take more memory.
     # Several processes must call jitted functions in one order.
     workers = 2 if jax.process_count() == 1 else 1
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        params = jax.tree.unflatten(structure, list(pool.map(make, leaves)))
+        made = list(pool.map(make, protocol.flat(abstract).items()))
     if bad:
         _LOG.warning("%s: numbers that are not finite in %s", source.folder, ", ".join(bad))
-    return protocol.merge(definition, params)
+    return protocol.merge(definition, jax.tree.unflatten(jax.tree.structure(abstract), made))
 
 
 Read = Callable[[Piece, tuple[slice, ...]], np.ndarray]

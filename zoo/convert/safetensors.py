@@ -326,7 +326,7 @@ def write(
                 written.append(folder / INDEX)
                 _write_all(stream, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
                 os.fsync(stream.fileno())
-        _sync(folder)
+        sync(folder)
     except BaseException:
         for file in written:
             file.unlink(missing_ok=True)
@@ -406,7 +406,8 @@ def _write_all(stream: io.FileIO, data: bytes | np.ndarray) -> None:
         left = left[os.write(stream.fileno(), left):]
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Waits until the disk has the names of a directory's files."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

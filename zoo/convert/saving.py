@@ -142,8 +142,7 @@ def _from_model(model) -> Get:
     if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
         raise ValueError("the parameters are spread over several processes; load the checkpoint "
                          "in one process to write it")
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): x
-              for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = protocol.flat(params)
 
     def get(piece: Piece) -> list[np.ndarray]:
         path, at = piece.path, piece.at

@@ -28,15 +28,14 @@ def families() -> list[Family]:
     return [family for name in _TABLES for family in importlib.import_module(name).FAMILIES]
 
 
-def parameter_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Of a config's parameters by path, in the stacked layout."""
     try:
         model = jax.eval_shape(
             lambda: protocol.split(config.build(key=jax.random.key(0), stacked=True))[1])
     except (OverflowError, TypeError) as error:
         raise ConversionError(f"the config has sizes that no array can have: {error}") from None
-    leaves = jax.tree_util.tree_leaves_with_path(model)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+    return {path: x.shape for path, x in protocol.flat(model).items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import sharding
 import zoo
 from tests import tiny
+from tests.tiny import assert_same, flat
 from zoo import convert, protocol
 from zoo.convert import directory, saving, table
 from zoo.convert.source import choose_family, open_source
@@ -32,18 +33,6 @@ def tiny_model(name, stacked=False, **overrides):
         if getattr(full, kind) is not None and getattr(full, kind).rope is not None:
             same[f"{kind}.rope.theta"] = getattr(full, kind).rope.theta
     return tiny.model(zoo.override(config, same), stacked)
-
-
-def flat(model) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(protocol.to_stacked(protocol.split(model)[1]))
-    return {jax.tree_util.keystr(k, simple=True, separator="/"): np.asarray(x) for k, x in leaves}
-
-
-def assert_same(one, other) -> None:
-    a, b = flat(one), flat(other)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype and np.array_equal(a[path], b[path]), path
 
 
 @pytest.fixture(scope="module")
