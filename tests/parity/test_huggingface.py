@@ -9,18 +9,15 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import zoo
+from tests.parity.peers import TOKENS, TOLERANCE, VOCAB, our_logits, same_tensors, their_logits
 from tests.tolerances import assert_close
 from zoo.convert.source import open_source
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-TOLERANCE = 1e-4
-VOCAB = 67
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 40))
 IDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -93,22 +90,6 @@ def peer(name):
             values = 0.2 * rng.normal(size=parameter.shape) + about
             parameter.copy_(torch.tensor(values, dtype=torch.float32))
     return model
-
-
-def their_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.float().numpy()
-
-
-def our_logits(model):
-    return jax.jit(lambda tokens: model({"tokens": tokens}).logits)(TOKENS.astype(np.int32))
-
-
-def same_tensors(one, other) -> None:
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and a[key].tobytes() == b[key].tobytes(), key
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,17 +9,15 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import zoo
+from tests.parity.peers import TOKENS, TOLERANCE, VOCAB, our_logits, same_tensors, their_logits
 from tests.tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-TOLERANCE = 1e-4
-VOCAB = 67
-TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 40))
 # Transformers rounds the widths of its cache up to multiples of 64, not those of its weights.
 SHAPE = {"vocab_size": VOCAB, "num_heads": 2, "norm_eps": 1e-5, "ffn_proj_factor": 1.3,
          "gate_soft_cap": 9.0, "output_logit_soft_cap": 11.0, "chunk_size": 16,
@@ -43,22 +41,6 @@ def peer():
         hidden_size=128, num_hidden_layers=3, pad_token_id=None, bos_token_id=None,
         eos_token_id=None, **SHAPE)
     return randomize(transformers.xLSTMForCausalLM(config))
-
-
-def their_logits(model, **options):
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS), **options).logits.float().numpy()
-
-
-def our_logits(model):
-    return jax.jit(lambda tokens: model({"tokens": tokens}).logits)(TOKENS.astype(np.int32))
-
-
-def same_tensors(one, other) -> None:
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype and a[key].tobytes() == b[key].tobytes(), key
 
 
 def test_transformers_both_ways(tmp_path):
