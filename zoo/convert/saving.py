@@ -139,6 +139,8 @@ def _dtype(model, dtype) -> np.dtype:
 
 def _from_model(model) -> Get:
     _, params = protocol.split(model)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
+        raise ValueError("the model is abstract and holds no numbers; build it with abstract=False")
     if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
         raise ValueError("the parameters are spread over several processes; load the checkpoint "
                          "in one process to write it")

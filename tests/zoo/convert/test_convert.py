@@ -427,6 +427,12 @@ def test_a_later_format(tmp_path):
         convert.from_hf(tmp_path / "ours")
 
 
+def test_a_model_without_numbers(tmp_path):
+    with pytest.raises(ValueError, match="abstract and holds no numbers; build it with abstract=F"):
+        convert.save(zoo.build("llama-tiny", abstract=True), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_name_that_is_taken(theirs, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
