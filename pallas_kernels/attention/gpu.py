@@ -27,6 +27,7 @@ from pallas_kernels import compat
 from pallas_kernels.attention import MASKED
 from pallas_kernels.attention.gradient import differentiable
 from pallas_kernels.dispatch import interpreting
+from pallas_kernels.wgmma import add_product
 
 _CHIPS = ("h100", "h200")
 _DTYPES = ("bfloat16", "float16")
@@ -408,18 +409,9 @@ class _Block:
         pg.barrier_arrive(self.refs[f"freed{stream}"].at[slot])
 
     def add_product(self, total, a, b):
-        """total + a b, of a in registers; interpreters know this only of a in shared memory."""
-        if "staging" not in self.refs:
-            return pl.run_state(lambda sums: pg.wgmma(sums, a, b))(pg.ACC.init(total))
-        staging = self.refs["staging"].at[self.warpgroup]
-        staging[...] = a
-        pg.commit_smem()
-
-        def multiply(sums):
-            pg.wgmma(sums, staging, b)
-            return sums[...]
-
-        return total + pl.run_scoped(multiply, pg.ACC(total.shape, jnp.float32))
+        staging = self.refs.get("staging")
+        return add_product(total, a, b,
+                           None if staging is None else staging.at[self.warpgroup])
 
     def store(self, name, value):
         """Writes registers [64, n] as rows of a result, a few columns at a time."""

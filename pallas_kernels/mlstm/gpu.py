@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as pg
 from pallas_kernels import compat
 from pallas_kernels.dispatch import interpreting
 from pallas_kernels.mlstm.chunks import NEVER, Grads, differentiable, split
+from pallas_kernels.wgmma import add_product
 
 _CHIPS = ("h100", "h200")
 
@@ -59,20 +60,6 @@ def _shared(shape, dtype):
 def _padded(x):
     """x [B, T, H, D], in whole chunks and depths."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % _CHUNK), (0, 0), (0, -x.shape[3] % _DEPTH)])
-
-
-def _add_product(total, a, b, staging):
-    """total + a b, of a in registers; interpreters know this only of a in shared memory."""
-    if staging is None:
-        return pl.run_state(lambda sums: pg.wgmma(sums, a, b))(pg.ACC.init(total))
-    staging[...] = a
-    pg.commit_smem()
-
-    def multiply(sums):
-        pg.wgmma(sums, staging, b)
-        return sums[...]
-
-    return total + pl.run_scoped(multiply, pg.ACC(total.shape, jnp.float32))
 
 
 def _pairs(name, left, right, other, state, vectors, *, by_query, turned, normalizer=None,
@@ -202,7 +189,7 @@ def _pairs(name, left, right, other, state, vectors, *, by_query, turned, normal
                     compat.gpu_load(shared["outer"], _BY_COLUMN), read.shape, 1)
             sums = jnp.sum(pairs, axis=1) if eps is not None else None
             staging = shared["staging"].at[warpgroup] if "staging" in shared else None
-            out = _add_product(out, pairs.astype(dtype), shared["others"], staging)
+            out = add_product(out, pairs.astype(dtype), shared["others"], staging)
             rows = pl.ds(chunk * _CHUNK + warpgroup * _ROWS, _ROWS)
             if eps is not None:
                 sums += of_row("inner")
