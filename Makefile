@@ -29,8 +29,10 @@ demo: ## train a tiny Llama on Python's standard library, then let it write some
 test: ## run the tests
 	@python=$$(.ci/venv) && JAX_PLATFORMS=cpu $(pytest)
 
-test-all: ## run the tests with the full product of kernel cases (slow)
-	@python=$$(.ci/venv) && JAX_PLATFORMS=cpu $(pytest) --run-slow
+test-all: ## run the tests with the full product of kernel cases, into docs/test_all.md (slow)
+	@python=$$(.ci/venv) && \
+	JAX_PLATFORMS=cpu $(pytest) --run-slow --junitxml=.cache/test_all.xml && \
+	"$$python" -m tests.table .cache/test_all.xml > docs/test_all.md
 
 aot: ## compile for described TPU slices and Hopper GPUs, without one
 	@python=$$(.ci/venv aot) && \

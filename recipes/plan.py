@@ -182,7 +182,7 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
     if MODE.value == "train":
         compiled, params = _compile_train(config, mesh, rules, REMAT.value)
         flops = 3 * batch * length * config.flops_per_token(length)
-        found = report.analyse(compiled, mesh, machine, flops=flops)
+        found = program = report.analyse(compiled, mesh, machine, flops=flops)
         memory, seconds = found.memory, time.perf_counter() - started
         if not memory.fits:
             if REMAT.value != "full" and seconds < SECOND_COMPILE_SECONDS:
@@ -191,9 +191,11 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
                 advice.append("--remat=full: far fewer activations, a third more FLOPs")
             advice += _training_advice(memory)
     else:
-        # Memory is that of the whole engine; a token's costs are those of its loop alone.
+        # Memory and kernels are those of the whole engine, with its intake of prompts; a token's
+        # costs are those of its loop alone.
         whole, params, progress = _compile_decode(config, mesh, rules, loop.CHUNK)
-        memory = report.analyse(whole, mesh, machine).memory
+        program = report.analyse(whole, mesh, machine)
+        memory = program.memory
         flops = batch * config.flops_at(length)
         moved = (decode_reads(config, params, axes, mesh, rules, batch)
                  + _shard_bytes(progress.state))
@@ -223,7 +225,7 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
                                             "host", "total", "capacity", "fits")}},
         "hbm_traffic_bytes": found.hbm_traffic_bytes,
         "collectives": found.as_dict()["collectives"],
-        "custom_calls": found.as_dict()["custom_calls"],
+        "custom_calls": program.as_dict()["custom_calls"],
         "roofline": found.as_dict()["roofline"],
         "tokens_per_second_bound": tokens / bound,
         "mfu_bound": (roof.compute_seconds or 0.0) / bound,
@@ -301,7 +303,8 @@ def _print(result: dict[str, Any]) -> None:
         console.print("no collectives")
     kernels = ", ".join(f"{c['count']} x {c['name'] or c['target']}"
                         for c in result["custom_calls"])
-    console.print(f"kernels: {kernels or 'none; all of it is XLA code'}")
+    with_prompts = "" if result["mode"] == "train" else " (with the intake of prompts)"
+    console.print(f"kernels{with_prompts}: {kernels or 'none; all of it is XLA code'}")
     bound = Table("roofline", "at least", "", box=None, pad_edge=False)
     for name, key in (("compute", "compute_seconds"), ("memory", "memory_seconds"),
                       ("collectives", "collective_seconds")):
