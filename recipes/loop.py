@@ -7,7 +7,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,11 +53,13 @@ class Schedule:
 
 
 def train(program: training.Program, task: Task, batch_size: int, schedule: Schedule,
-          folder: Path, source: training.Source | None = None) -> training.State:
+          folder: Path, source: training.Source | None = None, compare: Sequence[Path] = ()
+          ) -> training.State:
     """Trains to the last step, or goes on from where the run in `folder` stands.
 
     A new run starts from the weights of `source`, or else from fresh ones. SIGTERM, to whichever
-    process, makes all of them save after the same step and return.
+    process, makes all of them save after the same step and return. The pictures that are drawn at
+    the end show the runs in `compare` too.
 
     Returns:
       The last state.
@@ -70,7 +72,7 @@ def train(program: training.Program, task: Task, batch_size: int, schedule: Sche
     with contextlib.ExitStack() as exits:
         exits.enter_context(sharding.use(program.mesh, program.rules))
         exits.enter_context(_clear_failures())
-        return _Run(program, task, batch_size, schedule, folder, source, exits).run()
+        return _Run(program, task, batch_size, schedule, folder, source, compare, exits).run()
 
 
 @contextlib.contextmanager
@@ -100,8 +102,13 @@ class _Run:
 
     def __init__(self, program: training.Program, task: Task, batch_size: int,
                  schedule: Schedule, folder: Path, source: training.Source | None,
-                 exits: contextlib.ExitStack):
+                 compare: Sequence[Path], exits: contextlib.ExitStack):
         program.check_batch(batch_size)
+        for other in compare:
+            if not (other / metrics.FILE).is_file():
+                raise ValueError(f"there is no run in {other} to compare with: it has no "
+                                 f"{metrics.FILE}; give a workdir of recipes.train")
+        self.compare = compare
         self.program, self.task, self.batch_size = program, task, batch_size
         self.schedule, self.folder, self.source = schedule, folder, source
         self.record = training.describe_run(program, task, batch_size,
@@ -278,7 +285,9 @@ class _Run:
         if found is None:
             return False
         if self.is_first_process:
-            self.task.draw(self.folder, metrics.read(self.folder / metrics.FILE))
+            runs = [self.folder, *self.compare]
+            self.task.draw(self.folder, {path.absolute().name: metrics.read(path / metrics.FILE)
+                                         for path in runs})
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
             1 if sys.platform == "darwin" else 1024)
         self.line.say(f"{self.task.summarize(found)}; {time.monotonic() - self.clock.began:.0f} s, "

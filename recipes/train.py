@@ -1,4 +1,4 @@
-"""Trains a model on text, and goes on with a run that was stopped.
+"""Trains a model on text or another task, and goes on with a run that was stopped.
 
   python -m recipes.train --model=llama-tiny --data=stdlib --steps=300 --workdir=runs/a
 
@@ -23,7 +23,9 @@ from absl import flags
 import sharding
 import zoo
 from recipes import command, loop, lora, optimizer, processes, training
+from recipes.tasks import Task
 from recipes.tasks.lm import LanguageModel
+from recipes.tasks.state_tracking import StateTracking
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parazoo"
 
@@ -60,6 +62,10 @@ with command.group("Fine-tuning"):
         "of the blocks.")
 
 with command.group("Data"):
+    _TASK = flags.DEFINE_enum("task", "lm", ["lm", "state_tracking"],
+                              "lm: the next token of text; state_tracking: the parity of random "
+                              "bits, learnt at lengths up to --seq_len and evaluated up to eight "
+                              "times that.")
     _DATA = flags.DEFINE_string("data", "stdlib", "stdlib (the source of Python's standard "
                                 "library), or files, directories and globs with commas between: "
                                 ".txt and other text, .jsonl, or one .bin of token ids. A single "
@@ -94,6 +100,8 @@ with command.group("Optimization"):
 with command.group("Run"):
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics.jsonl and loss.png "
                                    "go. Needed.")
+    _COMPARE = flags.DEFINE_list("compare", [], "Workdirs of other runs, with commas between; the "
+                                 "picture shows their results too.")
     _LOG_EVERY = flags.DEFINE_integer("log_every", 10, "Steps between log entries.")
     _EVAL_EVERY = flags.DEFINE_integer("eval_every", 200, "Steps between evaluations; 0: at the "
                                        "end alone.")
@@ -142,11 +150,7 @@ def main() -> None:
     mesh = sharding.mesh(_MESH.value, explicit=_EXPLICIT.value)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     config, tokenizer, source = _choose_model()
-    task = LanguageModel(
-        config, data=_DATA.value, tokenizer=tokenizer, seq_len=_SEQ_LEN.value,
-        batch_size=_BATCH_SIZE.value, seed=_SEED.value, heldout=_HELDOUT.value,
-        z_loss=_Z_LOSS.value, eval_batches=_EVAL_BATCHES.value,
-        final_eval_batches=_FINAL_EVAL_BATCHES.value, cache_dir=_CACHE / "corpus")
+    task = _make_task(config, tokenizer)
     program = training.Program(
         config=config, mesh=mesh, rules=rules, loss=task.loss, optimizer=updates,
         seed=_SEED.value, accumulate=_ACCUMULATE.value, dtype=_DTYPE.value,
@@ -158,7 +162,22 @@ def main() -> None:
         program = dataclasses.replace(program, lora=lora.make(
             _LORA_RANK.value, _LORA_ALPHA.value, _LORA_TARGETS.value.split(","),
             zoo.protocol.split(model)[1], zoo.protocol.axes(model)))
-    loop.train(program, task, _BATCH_SIZE.value, schedule, Path(_WORKDIR.value), source)
+    loop.train(program, task, _BATCH_SIZE.value, schedule, Path(_WORKDIR.value), source,
+               [Path(folder) for folder in _COMPARE.value])
+
+
+def _make_task(config: Any, tokenizer: str) -> Task:
+    if _TASK.value == "lm":
+        return LanguageModel(
+            config, data=_DATA.value, tokenizer=tokenizer, seq_len=_SEQ_LEN.value,
+            batch_size=_BATCH_SIZE.value, seed=_SEED.value, heldout=_HELDOUT.value,
+            z_loss=_Z_LOSS.value, eval_batches=_EVAL_BATCHES.value,
+            final_eval_batches=_FINAL_EVAL_BATCHES.value, cache_dir=_CACHE / "corpus")
+    for flag in (_DATA, _TOKENIZER, _HELDOUT, _Z_LOSS, _FINAL_EVAL_BATCHES):
+        if flag.present:
+            raise ValueError(f"--{flag.name} is of --task=lm; leave it out")
+    return StateTracking(config, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value,
+                         seed=_SEED.value, eval_batches=_EVAL_BATCHES.value)
 
 
 def _check_lora_flags() -> None:

@@ -42,8 +42,10 @@ class Task(Protocol):
     def keep(self, folder: Path) -> None:
         """Writes what using the trained model takes besides its checkpoints."""
 
-    def draw(self, folder: Path, records: list[Mapping[str, Any]]) -> None:
-        """Writes pictures of the run, whose metrics.jsonl reads as `records`."""
+    def draw(self, folder: Path, runs: Mapping[str, list[Mapping[str, Any]]]) -> None:
+        """Writes pictures of a run. `runs` are the records of its metrics.jsonl, under its name,
+        and after it those of runs to compare it with.
+        """
 
     def summarize(self, metrics: Mapping[str, float]) -> str:
         """The final evaluation in a few words."""

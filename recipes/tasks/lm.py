@@ -21,9 +21,10 @@ BATCH = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "la
          "weights": np.float32}
 
 
-def make_loss(z_loss: float) -> Callable:
-    """A `Task.loss`: next-token cross-entropy, in training with a z-loss of that coefficient and
-    the model's auxiliary losses. The model's statistics are reported with them.
+def make_loss(z_loss: float, accuracy: bool = False) -> Callable:
+    """A `Task.loss`: the labels' cross-entropy, in training with a z-loss of that coefficient and
+    the model's auxiliary losses. The model's statistics are reported with them, and where asked
+    for how often a label is the likeliest token.
 
     An auxiliary loss or statistic is a mean of its own. Times the labels' weight it can be added
     to their sum: what the total is divided by in the end, and microbatches, then leave it the mean
@@ -38,6 +39,8 @@ def make_loss(z_loss: float) -> Callable:
         total, weight, stats = model.loss(output, batch["labels"], batch["weights"],
                                           z_loss=z_loss if train else 0.0)
         found = {"nats_per_token": stats["nll"]}
+        if accuracy:
+            found["accuracy"] = stats["correct"]
         if train:
             for name, (extra, count) in {**output.losses, **output.stats}.items():
                 found[name] = extra / jnp.maximum(count, 1e-30) * weight
@@ -162,14 +165,18 @@ class LanguageModel:
         room = batches * self._batch_size * self._seq_len
         return order[:max(1, int(np.searchsorted(np.cumsum(lengths), room, side="right")))]
 
-    def draw(self, folder: Path, records: list[Mapping[str, Any]]) -> None:
-        """Writes loss.png: nats per byte in training and held out over steps, and gzip's."""
+    def draw(self, folder: Path, runs: Mapping[str, list[Mapping[str, Any]]]) -> None:
+        """Writes loss.png: nats per byte in training and held out over steps, and gzip's.
+
+        Of other runs it shows the held-out ones.
+        """
         import matplotlib
 
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+        (name, records), *others = runs.items()
         train = [(r["step"], r["train"]["nats_per_token"]) for r in records if "train" in r]
         if train:
             steps, losses = np.array(train, np.float64).T
@@ -177,11 +184,15 @@ class LanguageModel:
             smooth = _smooth(losses)
             axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
             axes.plot(steps, smooth, color="tab:blue", label=f"train ({smooth[-1]:.3f})")
-        held = [(r["step"], r[kind]["nats_per_byte"]) for kind in ("heldout", "final")
-                for r in records if kind in r]
+        held = _heldout(records)
         if held:
             axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", markersize=4,
-                      label=f"held out ({held[-1][1]:.3f})")
+                      label=f"{f'{name}, ' if others else ''}held out ({held[-1][1]:.3f})")
+        for other, (name, found) in enumerate(others):
+            points = _heldout(found)
+            if points:
+                axes.plot(*zip(*points, strict=True), "s-", color=f"C{2 + other}", markersize=3,
+                          label=f"{name}, held out ({points[-1][1]:.3f})")
         if len(self._heldout):
             axes.axhline(self._gzip, color="gray", linestyle="--",
                          label=f"gzip -9 ({self._gzip:.3f})")
@@ -193,6 +204,12 @@ class LanguageModel:
         axes.legend()
         figure.savefig(folder / "loss.png", dpi=120)
         pyplot.close(figure)
+
+
+def _heldout(records: list[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, nats per byte) of a run's evaluations."""
+    return [(r["step"], r[kind]["nats_per_byte"]) for kind in ("heldout", "final")
+            for r in records if "nats_per_byte" in r.get(kind, {})]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -155,7 +155,7 @@ def test_nothing_held_out_is_nothing_evaluated(corpus, tmp_path):
     task = make(corpus, heldout=0.0)
     assert task.evaluate(lambda batch: pytest.fail("there is nothing to measure"), True) == {}
     assert "none held out" in task.summarize({})
-    task.draw(tmp_path, [{"step": 1, "train": {"nats_per_token": 3.0}}])
+    task.draw(tmp_path, {"a": [{"step": 1, "train": {"nats_per_token": 3.0}}]})
     assert (tmp_path / "loss.png").exists()
 
 
@@ -197,7 +197,7 @@ def test_the_picture_takes_any_records(corpus, tmp_path):
         "nats_per_byte": 0.2, "gzip_nats_per_byte": 1.0}}]
     sizes = []
     for records in ([], train, train + held):
-        task.draw(tmp_path, records)
+        task.draw(tmp_path, {"a": records, "b": records})
         picture = (tmp_path / "loss.png").read_bytes()
         assert picture.startswith(b"\x89PNG")
         sizes.append(len(picture))
