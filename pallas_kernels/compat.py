@@ -5,11 +5,13 @@ import jax
 _JAX_0_12 = jax.__version_info__ >= (0, 12)
 
 
-def gpu_load(ref, layout):
-    """A Mosaic GPU ref's whole content, in registers of `layout`."""
+def gpu_load(ref, layout, optimized=True):
+    """A Mosaic GPU ref's whole content, in registers of `layout`; `optimized` is for shared memory,
+    whose banks must not conflict."""
     from jax.experimental.pallas import mosaic_gpu as pg
 
-    return pg.load(ref, layout=layout) if _JAX_0_12 else pg.load(ref, (), layout=layout)
+    options = {"layout": layout, "optimized": optimized}
+    return pg.load(ref, **options) if _JAX_0_12 else pg.load(ref, (), **options)
 
 
 def gpu_cost_estimate(flops: int, bytes_accessed: int, transcendentals: int) -> dict:
