@@ -3,6 +3,7 @@
   python -m recipes.bench --suite=lm --peer=transformers
   python -m recipes.bench --suite=kernels --op=attention --case=8x2048 --compare=plain,torch
   python -m recipes.bench --suite=convert --model=llama3.2-1b --dtype=bfloat16
+  python -m recipes.bench --suite=xlstm --train_steps=1
 
 Suites:
   lm: training and greedy decoding of a model (--model), in tokens per second. The
@@ -15,6 +16,9 @@ Suites:
     too and writes the table by which implementations are chosen.
   convert: random weights of --model in --dtype, converted from Hugging Face's form to ours and
     back, loaded onto eight devices of this machine's CPU, and loaded in turns with the peer.
+  xlstm: what lm does, for an xLSTM of 58M parameters (or --model) against the package of its
+    authors; sLSTM against theirs of the cells (--cells); and tokens per second over the length
+    against a Transformer of that size (--lengths). What is not installed is left out.
 """
 
 import json
@@ -25,10 +29,13 @@ import jax
 from absl import flags
 
 from recipes import command
-from recipes.benchmarks import convert, kernel_peers, kernels, lm
+from recipes.benchmarks import convert, kernel_peers, kernels, lm, xlstm
+
+DEFAULT_MODEL = "llama-60m"
 
 with command.group("What"):
-    SUITE = flags.DEFINE_enum("suite", "lm", ["convert", "kernels", "lm"], "Which suite.")
+    SUITE = flags.DEFINE_enum("suite", "lm", ["convert", "kernels", "lm", "xlstm"],
+                              "Which suite.")
 with command.group("How"):
     ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds, sides in turn; medians count.")
     OUT = flags.DEFINE_string("out", None, "A file for the results as JSON.")
@@ -41,29 +48,42 @@ with command.group("Suite kernels"):
     COMPARE = flags.DEFINE_list("compare", ["plain"], "Peers beside the op's own implementations: "
                                 f"{', '.join(kernel_peers.PEERS)}.")
     TUNE = flags.DEFINE_bool("tune", False, "Time every tile size and write the tuned table.")
-with command.group("Suites lm and convert"):
+with command.group("Suites lm, convert and xlstm"):
     PEER = flags.DEFINE_enum("peer", "transformers", ["transformers", "none"],
-                             "Against whom; none measures this project alone.")
-    MODEL = flags.DEFINE_string("model", "llama-60m", "A preset that transformers has, too.")
+                             "Against whom; none measures this project alone. The suite xlstm has "
+                             "peers of its own.")
+    MODEL = flags.DEFINE_string("model", None, "A preset that the peer has, too; default "
+                                "llama-60m, of xlstm an xLSTM of that size.")
     SET = flags.DEFINE_multi_string("set", [], "Config overrides, as in num_layers=4.")
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Rows of a training step.")
     SEQ_LEN = flags.DEFINE_integer("seq_len", 256, "Tokens of a row.")
     TRAIN_STEPS = flags.DEFINE_integer("train_steps", 2, "Training steps of a round.")
     DECODE_BATCHES = flags.DEFINE_list("decode_batches", ["1", "4"], "Prompts decoded at once.")
     NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Tokens decoded after a prompt of 32.")
+with command.group("Suite xlstm"):
+    CELLS = flags.DEFINE_list("cells", ["4x512x12x64", "4x512x1x768"], "Batch x length x heads x "
+                              "width of the sLSTMs that are timed; empty: none.")
+    LENGTHS = flags.DEFINE_list("lengths", ["512", "1024", "2048", "4096", "8192", "16384"],
+                                "Tokens of a row in training and of a prompt; empty: none.")
 
 
 def main() -> None:
     """Runs a suite and prints its table."""
+    sizes = {"batch_size": BATCH_SIZE.value, "seq_len": SEQ_LEN.value,
+             "train_steps": TRAIN_STEPS.value, "new_tokens": NEW_TOKENS.value,
+             "decode_batches": [int(n) for n in DECODE_BATCHES.value]}
     if SUITE.value == "lm":
         result = lm.run(
+            model=MODEL.value or DEFAULT_MODEL, overrides=command.settings(SET.value),
+            peer=None if PEER.value == "none" else PEER.value, rounds=ROUNDS.value, **sizes)
+    elif SUITE.value == "xlstm":
+        result = xlstm.run(
             model=MODEL.value, overrides=command.settings(SET.value),
-            peer=None if PEER.value == "none" else PEER.value, rounds=ROUNDS.value,
-            batch_size=BATCH_SIZE.value, seq_len=SEQ_LEN.value, train_steps=TRAIN_STEPS.value,
-            decode_batches=[int(n) for n in DECODE_BATCHES.value], new_tokens=NEW_TOKENS.value)
+            peers=PEER.value != "none", rounds=ROUNDS.value, cells=CELLS.value,
+            lengths=[int(n) for n in LENGTHS.value], **sizes)
     elif SUITE.value == "convert":
         result = convert.run(
-            model=MODEL.value, overrides=command.settings(SET.value),
+            model=MODEL.value or DEFAULT_MODEL, overrides=command.settings(SET.value),
             peer=None if PEER.value == "none" else PEER.value, rounds=ROUNDS.value,
             dtype=DTYPE.value)
     else:

@@ -40,7 +40,11 @@ ALSO_ALLOWED = {
     "recipes/benchmarks/kernel_peers.py": {"pallas_kernels", "tokamax", "torch"},
     "recipes/benchmarks/kernels.py": {"pallas_kernels"},  # times what the layers call
     "recipes/benchmarks/convert.py": {"transformers"},
+    "recipes/benchmarks/peer_flashrnn.py": {"flashrnn", "torch"},
     "recipes/benchmarks/peer_transformers.py": {"torch", "transformers"},
+    "recipes/benchmarks/peer_xlstm.py": {"safetensors", "torch", "xlstm"},
+    "recipes/benchmarks/xlstm.py": {"pallas_kernels"},  # as kernels.py
+    "recipes/benchmarks/phantom_baselines.py": {"sklearn"},
     "recipes/chat.py": {"jinja2"},
     "recipes/parity.py": {"torch", "transformers"},
     "zoo/checkpoint.py": {"etils", "orbax", "tensorstore"},  # etils: orbax's paths

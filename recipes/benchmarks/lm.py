@@ -1,10 +1,8 @@
 """The lm suite: training and greedy decoding, against a peer with the same weights."""
 
-import json
+import functools
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,43 +15,14 @@ from rich.table import Table
 
 import sharding
 import zoo
+from recipes.benchmarks.peer import Peer, in_turns
 from recipes.optimizer import Optimizer
 from recipes.tasks import lm as lm_task
 from recipes.training import Program, make_step
 
 PROMPT_TOKENS = 32
 LEARNING_RATE = 1e-4
-# Time for the other side's threads to fall asleep before a measurement.
-PAUSE_SECONDS = 0.5
-
-
-class _Peer:
-    """A peer in a process of its own, which answers one JSON line with one JSON line."""
-
-    def __init__(self, module: str, request: dict[str, Any]):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
-        self.ready = self.ask(request)
-
-    def ask(self, request: dict[str, Any]) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"the peer ended with status {self.process.wait()}; it needs the extra parity: "
-                "pip install 'parazoo[parity]'")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(f"the peer cannot run: {answer['error']}")
-        return answer["result"]
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+OURS = "parazoo"
 
 
 def _batch(config: Any, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -66,8 +35,8 @@ def _batch(config: Any, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
     }
 
 
-class _Ours:
-    """This project's side, in this process."""
+class Ours:
+    """This project's side, in this process, on one device."""
 
     def __init__(self, config: Any, batch_size: int, seq_len: int):
         self.config = config
@@ -115,7 +84,7 @@ def run(*, model: str, overrides: dict, peer: str | None, rounds: int, batch_siz
     Raises RuntimeError where the peer cannot run or its logits differ.
     """
     config = zoo.config(model, **overrides)
-    ours = _Ours(config, batch_size, seq_len)
+    ours = Ours(config, batch_size, seq_len)
     console = Console()
     jobs = {"train": batch_size * seq_len * train_steps}
     jobs |= {f"decode x{b}": b * new_tokens for b in decode_batches}
@@ -124,7 +93,7 @@ def run(*, model: str, overrides: dict, peer: str | None, rounds: int, batch_siz
     if peer is not None:
         with tempfile.TemporaryDirectory() as folder:
             zoo.to_hf(ours.model, Path(folder) / "model")
-            other = _Peer(f"recipes.benchmarks.peer_{peer}", {
+            other = Peer(f"recipes.benchmarks.peer_{peer}", {
                 "model": str(Path(folder) / "model"), "threads": os.cpu_count(),
                 "vocab_size": config.vocab_size, "batch_size": batch_size, "seq_len": seq_len,
                 "learning_rate": LEARNING_RATE, "prompt_tokens": PROMPT_TOKENS})
@@ -139,7 +108,6 @@ def run(*, model: str, overrides: dict, peer: str | None, rounds: int, batch_siz
         modes = {job: other.ready["train" if job == "train" else "decode"] for job in jobs}
 
     def measure(job: str, mode: str | None) -> float:
-        time.sleep(PAUSE_SECONDS)
         batch = int(job.rpartition("x")[2]) if job != "train" else 0
         if mode is None:
             return ours.train(train_steps) if job == "train" else ours.decode(batch, new_tokens)
@@ -149,27 +117,23 @@ def run(*, model: str, overrides: dict, peer: str | None, rounds: int, batch_siz
         return other.ask({"do": "decode", "mode": mode, "batch": batch,
                           "new_tokens": new_tokens})
 
-    table = Table("job", "parazoo tokens/s", "peer tokens/s", "peer's mode", "ratio",
+    table = Table("job", f"{OURS} tokens/s", "peer tokens/s", "peer's mode", "ratio",
                   title=f"{model}, {zoo.protocol.num_params(ours.model) / 1e6:.1f}M parameters, "
                         f"float32, median of {rounds} interleaved rounds")
     results: dict[str, Any] = {}
     for job, count in jobs.items():
-        sides: list[str | None] = [None, *modes[job]]
-        for side in sides:
-            measure(job, side)  # Compiles and warms up.
-        seconds: dict[str | None, list[float]] = {side: [] for side in sides}
-        for _ in range(rounds):
-            for side in sides:
-                seconds[side].append(measure(job, side))
+        sides = {OURS: functools.partial(measure, job, None),
+                 **{mode: functools.partial(measure, job, mode) for mode in modes[job]}}
+        seconds = in_turns(sides, rounds)
         speed = {side: count / statistics.median(times) for side, times in seconds.items()}
         best = max(modes[job], key=lambda side: speed[side], default=None)
         results[job] = {
-            "parazoo": speed[None],
+            OURS: speed[OURS],
             "peer": {side: speed[side] for side in modes[job]},
-            "ratio": speed[None] / speed[best] if best else None,
-            "seconds": {side or "parazoo": times for side, times in seconds.items()},
+            "ratio": speed[OURS] / speed[best] if best else None,
+            "seconds": seconds,
         }
-        table.add_row(job, f"{speed[None]:.1f}", f"{speed[best]:.1f}" if best else "-",
+        table.add_row(job, f"{speed[OURS]:.1f}", f"{speed[best]:.1f}" if best else "-",
                       best or "-", f"{results[job]['ratio']:.2f}" if best else "-")
     console.print(table)
     if other is not None:

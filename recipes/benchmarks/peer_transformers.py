@@ -1,34 +1,18 @@
-"""Hugging Face transformers as a peer of the lm suite: a process that answers JSON lines.
+"""Hugging Face transformers as a peer of the lm suite.
 
-The first line it reads describes the model; its answer lists the modes it can be timed in.
+The first request describes the model; the answer lists the modes it can be timed in.
 """
 
-import json
-import sys
 import time
 from typing import Any
 
-
-def _serve() -> None:
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # Libraries print; the answers stay clean.
-
-    def reply(**answer: Any) -> None:
-        print(json.dumps(answer), file=answers, flush=True)
-
-    try:
-        peer = _Transformers(json.loads(sys.stdin.readline()))
-        reply(result={"train": ["eager", "compiled"],
-                      "decode": ["dynamic cache", "static cache, compiled"]})
-        for line in sys.stdin:
-            request = json.loads(line)
-            reply(result=getattr(peer, request.pop("do"))(**request))
-    except Exception as error:
-        reply(error=f"{type(error).__name__}: {error}")
-        raise
+from recipes.benchmarks.peer import serve
 
 
 class _Transformers:
+    ready = {"train": ["eager", "compiled"],
+             "decode": ["dynamic cache", "static cache, compiled"]}
+
     def __init__(self, setup: dict[str, Any]):
         import torch
         import transformers
@@ -80,4 +64,4 @@ class _Transformers:
 
 
 if __name__ == "__main__":
-    _serve()
+    serve(_Transformers)

@@ -1,12 +1,16 @@
-"""The kernels suite of `recipes.bench`: small cases on this CPU, its table, JSON and errors."""
+"""`recipes.bench`: small cases of the kernels suite on this CPU, its table, JSON and errors; what
+the other suites share."""
 
 import json
 
 import pytest
+from rich.console import Console
 
 import pallas_kernels
 from pallas_kernels import cases, tuned
 from recipes import bench, command
+from recipes.benchmarks import peer, xlstm
+from recipes.benchmarks.peer import Peer
 from tests.pallas_kernels import toy
 
 
@@ -53,6 +57,9 @@ def test_every_op_counts_its_work():
     (["--compare=toch"], "--compare has toch; it takes"),
     (["--op=nosuch"], "no case matches op='nosuch'"),
     (["--op=^toy$", "--dtype=bfloat16"], "no case matches op='^toy$' case='' in bfloat16"),
+    (["--suite=xlstm", "--cells=4x512x64"], "--cells has '4x512x64'; it takes batch, length"),
+    (["--suite=xlstm", "--cells=0x5x1x4"], "--cells has '0x5x1x4'"),
+    (["--suite=xlstm", "--cells=", "--lengths=8,0"], "--lengths=8,0: each must be at least 1"),
 ])
 def test_errors_are_one_line(flags, message, capsys):
     assert run(*flags) == 2
@@ -64,3 +71,38 @@ def test_a_side_with_other_results_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(toy.toy.module("reference"), "toy", lambda x, scale: 2 * x)
     assert run("--op=^toy$", "--case=squares") == 2
     assert "plain and xla differ by more than" in capsys.readouterr().err
+
+
+def test_cells_are_timed_without_their_peer(monkeypatch):
+    monkeypatch.setattr(peer, "PAUSE_SECONDS", 0)
+    found = xlstm._time_cells([(1, 3, 2, 4)], 1, False, Console())
+    (passes,) = found.values()
+    assert passes.keys() == {"forward", "both"}
+    assert all(x["ratio"] is None and x["seconds"]["parazoo"] > 0 for x in passes.values())
+
+
+@pytest.mark.parametrize(("ratios", "length"), [
+    ({512: 0.8, 1024: 1.1, 2048: 1.3}, 1024),
+    ({512: 1.2, 1024: 0.9, 2048: 1.3}, 2048),
+    ({512: 1.2, 1024: 1.0}, 512),
+    ({512: 1.2, 1024: 0.9}, None),
+])
+def test_crossover(ratios, length):
+    """Ahead for good, not by chance in between."""
+    assert xlstm.crossover(ratios) == length
+
+
+def test_a_peer_that_cannot_run_says_why():
+    with pytest.raises(RuntimeError, match="the peer cannot run: .*Error: "):
+        Peer("recipes.benchmarks.peer_flashrnn", {})
+
+
+def test_sides_take_turns(monkeypatch):
+    monkeypatch.setattr(peer, "PAUSE_SECONDS", 0)
+    order = []
+
+    def side(name):
+        return lambda: order.append(name) or len(order)
+
+    assert peer.in_turns({"a": side("a"), "b": side("b")}, 2) == {"a": [3, 5], "b": [4, 6]}
+    assert order == ["a", "b"] * 3
