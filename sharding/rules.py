@@ -13,8 +13,9 @@ from sharding.mesh import AXES, ShardingError
 MeshAxes = str | tuple[str, ...] | None
 
 # An odd vocabulary (GPT-2's 50257) is replicated rather than refused: nothing else can be done
-# with published weights. So is an odd batch, as of one prompt on a mesh; training refuses one.
-REPLICATE_IF_UNEVEN = frozenset({"vocab", "batch"})
+# with published weights. So is an odd batch, as of one prompt on a mesh; training refuses one. An
+# image's height is halved from level to level, and the lowest may have too few rows.
+REPLICATE_IF_UNEVEN = frozenset({"vocab", "batch", "height"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Rules:
     state: MeshAxes = None
     codebook: MeshAxes = None
     channels: MeshAxes = None
+    height: MeshAxes = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -11,11 +11,13 @@ from flax import nnx
 from layers.stack import to_list, to_stacked
 
 __all__ = [
-    "Output", "Params", "Rows", "Step", "axes", "cast", "flat", "merge", "num_params", "shardings",
-    "split", "to_list", "to_stacked",
+    "STATISTICS", "Output", "Params", "Rows", "Step", "axes", "cast", "divide", "flat", "join",
+    "merge", "num_params", "shardings", "split", "to_list", "to_stacked",
 ]
 
 Params = dict[str, Any]
+STATISTICS = "statistics"
+"""The branch of a model's tree that holds what is averaged over steps instead of learned."""
 
 
 @jax.tree_util.register_dataclass
@@ -29,12 +31,16 @@ class Output:
       hidden: the last hidden states [B, T, D], where the loss needs them.
       losses: auxiliary losses by name, each (sum, weight).
       stats: statistics by name, such as those of routing, each (sum, weight) as well.
+      statistics: in training what the running statistics become by this batch, in the nesting of
+        the tree's branch `STATISTICS`, float32; empty where a model has none. Microbatches
+        average it.
     """
 
     logits: jax.Array | None = None
     hidden: jax.Array | None = None
     losses: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
@@ -73,13 +79,30 @@ def _rename(tree: Any, rename) -> Any:
     return tree
 
 
+def _nest(flat: Mapping[tuple[str, ...], Any]) -> Params:
+    found: Params = {}
+    for (*parents, leaf), value in flat.items():
+        node = found
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return found
+
+
+def _paths(state: nnx.State) -> dict[tuple[str, ...], Any]:
+    """A model's variables by their public paths."""
+    return {(*((STATISTICS,) if isinstance(variable, nnx.BatchStat) else ()), *map(str, path)):
+            variable for path, variable in nnx.to_flat_state(state)}
+
+
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """A model as its (hashable) definition and its parameters, a nested dict of arrays.
 
-    The dict's keys are the parameters' public paths: ``params["embed"]["table"]``.
+    The dict's keys are the parameters' public paths: ``params["embed"]["table"]``. Running
+    statistics stand in a branch of their own, `STATISTICS`, under the paths of their modules.
     """
     definition, state = nnx.split(model)
-    return definition, _rename(nnx.to_pure_dict(state), str)
+    return definition, _nest({path: x.get_value() for path, x in _paths(state).items()})
 
 
 def merge(definition: nnx.GraphDef, params: Params) -> nnx.Module:
@@ -87,7 +110,25 @@ def merge(definition: nnx.GraphDef, params: Params) -> nnx.Module:
     def number(name):
         return int(name) if isinstance(name, str) and name.isdigit() else name
 
-    return nnx.merge(definition, _rename(params, number))
+    learned, statistics = divide(params)
+    return nnx.merge(definition, _rename(_united(learned, statistics), number))
+
+
+def _united(one: Params, other: Params) -> Params:
+    """Two trees without a leaf in common as one."""
+    shared = {name: _united(one[name], other[name]) for name in one if name in other}
+    return {**one, **other, **shared}
+
+
+def divide(params: Params) -> tuple[Params, Params]:
+    """(what is learned, the running statistics or {}) of a model's tree; see `join`."""
+    return ({name: child for name, child in params.items() if name != STATISTICS},
+            params.get(STATISTICS, {}))
+
+
+def join(learned: Params, statistics: Params) -> Params:
+    """The inverse of `divide`."""
+    return {**learned, STATISTICS: statistics} if statistics else learned
 
 
 def axes(model: nnx.Module) -> Params:
@@ -100,14 +141,7 @@ def axes(model: nnx.Module) -> Params:
         rank = len(variable.get_value().shape)
         return ("layers",) * (rank - len(names)) + names
 
-    found: Params = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        *parents, leaf = (str(part) for part in path)
-        node = found
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[leaf] = of(variable)
-    return found
+    return _nest({path: of(x) for path, x in _paths(nnx.state(model)).items()})
 
 
 def shardings(mesh, rules, names: Params, params: Params) -> Params:
@@ -124,11 +158,17 @@ def flat(params: Params) -> dict[str, Any]:
 
 
 def cast(params: Params, dtype) -> Params:
-    """The floating-point parameters in `dtype`: mixed precision is a cast at the step's start."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+    """The floating-point parameters in `dtype`: mixed precision is a cast at the step's start.
+
+    Running statistics, which small changes add up in, stay float32.
+    """
+    def one(path, x):
+        kept = path and getattr(path[0], "key", None) == STATISTICS
+        return x if kept or not jnp.issubdtype(x.dtype, jnp.floating) else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def num_params(model: nnx.Module) -> int:
-    """How many numbers the parameters hold."""
-    return sum(x.size for x in jax.tree.leaves(split(model)[1]))
+    """How many numbers the parameters hold, running statistics not among them."""
+    return sum(x.size for x in jax.tree.leaves(divide(split(model)[1])[0]))

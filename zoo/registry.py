@@ -20,6 +20,8 @@ from zoo.protocol import axes, merge, shardings, split
 FAMILIES: Mapping[str, tuple[str, str]] = {
     "transformer": ("zoo.transformer", "Transformer"),
     "xlstm": ("zoo.xlstm", "XLstm"),
+    "rnn": ("zoo.rnn", "Recurrent"),
+    "paratranscnn": ("zoo.paratranscnn", "ParaTransCnn"),
 }
 
 
@@ -41,9 +43,22 @@ def suggest(name: str, known) -> str:
     return f"; did you mean {lower[near[0]]!r}?" if near else f"; known: {', '.join(sorted(known))}"
 
 
-def list_models() -> list[str]:
-    """The names of all presets, by family and size."""
-    return list(_presets())
+def list_models(kind: str | None = None) -> list[str]:
+    """The names of all presets, by family and size, or of those of one kind.
+
+    A model's kind is what it makes of what: "language" (the next token of tokens) or
+    "segmentation" (the class of each pixel of an image). Its config has it as `kind`.
+    """
+    families = (_family(family) for family in FAMILIES)
+    return [preset for config, presets in families if kind in (None, config.kind)
+            for preset in presets]
+
+
+def check_kind(config: Any, kind: str) -> None:
+    """Raises ValueError for a config whose models are of another kind; see `list_models`."""
+    if config.kind != kind:
+        raise ValueError(f"the model is a {type(config).__name__}, which is for {config.kind}; "
+                         f"give one for {kind}, such as {list_models(kind)[0]}")
 
 
 def config(name: str, **overrides: Any) -> Any:
