@@ -16,6 +16,17 @@ def fan_in_normal(fan_in: int, gain: float = 1.0) -> jax.nn.initializers.Initial
     return jax.nn.initializers.truncated_normal(gain * fan_in**-0.5, lower=-3, upper=3)
 
 
+def filled_up(init: jax.nn.initializers.Initializer, axis: int, fill: int
+              ) -> jax.nn.initializers.Initializer:
+    """`init`, but for the last `fill` entries along an axis, which are zero."""
+    def make(key, shape, dtype=jnp.float32):
+        drawn = [n - fill if i == axis else n for i, n in enumerate(shape)]
+        behind = [(0, fill if i == axis else 0) for i in range(len(shape))]
+        return jnp.pad(init(key, tuple(drawn), dtype), behind)
+
+    return make if fill else init
+
+
 class Linear(nnx.Module):
     """``y = einsum(expression, x, kernel) + bias``.
 

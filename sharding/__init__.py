@@ -6,6 +6,7 @@ from sharding.ambient import (
     constrain,
     einsum,
     ensure_mesh,
+    first,
     gathered,
     local,
     lookup,
@@ -19,6 +20,6 @@ from sharding.rules import RULES, Rules, rules
 
 __all__ = [
     "RULES", "Rules", "ShardingError", "ambient_mesh", "ambient_rules", "constrain", "einsum",
-    "ensure_mesh", "gathered", "local", "lookup", "mesh", "param", "parse_mesh", "rules",
-    "shards", "spec", "use",
+    "ensure_mesh", "first", "gathered", "local", "lookup", "mesh", "param", "parse_mesh",
+    "rules", "shards", "spec", "use",
 ]

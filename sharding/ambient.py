@@ -206,6 +206,18 @@ def lookup(table: jax.Array, ids: jax.Array, *out: str | None) -> jax.Array:
     return constrain(jnp.take(table, ids, axis=0, mode="clip"), *out)
 
 
+def first(x: jax.Array, size: int, *axes: str | None) -> jax.Array:
+    """The first `size` entries along the last axis of an activation with the logical `axes`.
+
+    With Auto axis types the axis stays sharded, whatever `size`; with Explicit ones it is whole on
+    every device, since JAX has no rule for shards of several sizes there.
+    """
+    mesh = ambient_mesh()
+    if size < x.shape[-1] and mesh is not None and _explicit(mesh):
+        x = constrain(x, *axes[:-1], None)
+    return x[..., :size]
+
+
 def local(op: Callable, *operands: Any, rules: Rules | None = None, dims: Any = None,
           **options: Any) -> Any:
     """Runs a per-shard op on each device's shards: the project's only ``shard_map``.

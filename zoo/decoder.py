@@ -7,7 +7,7 @@ position of the repeating pattern.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import sharding
 from layers.block import Block
 from layers.dropout import dropout, fold
 from layers.embed import Embedding
-from layers.linear import fan_in_normal
+from layers.linear import fan_in_normal, filled_up
 from layers.losses import cross_entropy
 from layers.mixer import MixerConfig, Rows, state
 from layers.mlp import Mlp
@@ -45,12 +45,15 @@ class DecoderConfig:
     """What all decoder-only families share.
 
     Attributes:
-      vocab_size: rows of the token table.
+      vocab_size: how many tokens there are.
       width: of the residual stream.
       num_layers: blocks.
       mlp, norm: of every block; the MLP may be a mixture of experts.
       max_length: the longest sequence that the model is made for; a learned position table has
         this many rows.
+      vocab_multiple: the token table and the head have `vocab_size` rounded up to a multiple of
+        this, so that GPT-2's 50257 can be sharded. What fills them up is zero, never chosen and
+        never trained.
       tie_embeddings: the head is the token table.
       post_norms: a block also norms what its mixer and its MLP return, before it is added.
       embed_scale: factor on the token embeddings, or None.
@@ -59,12 +62,15 @@ class DecoderConfig:
       dropout: rate on the embeddings and on each residual branch, in training.
     """
 
+    kind: ClassVar[str] = "language"
+
     vocab_size: int
     width: int
     num_layers: int
     mlp: Mlp | Moe
     norm: Norm
     max_length: int
+    vocab_multiple: int = 1
     tie_embeddings: bool = False
     post_norms: bool = False
     embed_scale: float | None = None
@@ -73,7 +79,7 @@ class DecoderConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "num_layers", "max_length"):
+        for name in ("vocab_size", "width", "num_layers", "max_length", "vocab_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         _check_finite(self)
@@ -83,9 +89,23 @@ class DecoderConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
+    @property
+    def vocab_fill(self) -> int:
+        """Rows of the token table that are no token; see `vocab_multiple`."""
+        return -self.vocab_size % self.vocab_multiple
+
     def mixers(self) -> tuple[MixerConfig, ...]:
         """The repeating pattern of mixers, at least one."""
         raise NotImplementedError
+
+    def mlps(self) -> tuple[Mlp | Moe | None, ...]:
+        """The MLP behind each mixer of the pattern; None where the block has none."""
+        return (self.mlp,) * len(self.mixers())
+
+    def gain(self) -> float:
+        """Factor on the initial output projections of mixers and MLPs."""
+        # Each block adds two branches to the stream; this keeps its variance from growing.
+        return (2 * self.num_layers) ** -0.5
 
     def build(self, *, key: jax.Array, dtype=jnp.float32, stacked: bool = True,
               remat: str = "none") -> "DecoderLM":
@@ -96,14 +116,15 @@ class DecoderConfig:
         """Forward FLOPs of one token in a sequence of `length`, averaged over its positions.
 
         Counted are matrix products, two FLOPs a multiply-add; of causal attention only the part
-        under the diagonal. Training costs three times as much; recomputation is not counted.
+        under the diagonal. Training costs three times as much; neither recomputation is counted nor
+        what fills the vocabulary up.
         """
-        pattern = self.mixers()
-        blocks = sum(
-            pattern[i % len(pattern)].flops_per_token(self.width, length)
-            + self.mlp.flops_per_token(self.width)
-            for i in range(self.num_layers)
-        )
+        pattern = [
+            mixer.flops_per_token(self.width, length)
+            + (0 if mlp is None else mlp.flops_per_token(self.width))
+            for mixer, mlp in zip(self.mixers(), self.mlps(), strict=True)
+        ]
+        blocks = sum(pattern[i % len(pattern)] for i in range(self.num_layers))
         return blocks + 2 * self.width * self.vocab_size
 
     def flops_at(self, length: int) -> float:
@@ -130,28 +151,29 @@ class DecoderLM(nnx.Module):
         # Unit-norm rows: the first norm rescales them, and a tied head starts with small logits.
         deviation = config.width**-0.5
         self.embed = Embedding(config.vocab_size, config.width, deviation=deviation,
-                               key=keys[0], dtype=dtype)
+                               fill=config.vocab_fill, key=keys[0], dtype=dtype)
         self.positions = (
             Embedding(config.max_length, config.width, axis=None, deviation=0.5 * deviation,
                       key=keys[1], dtype=dtype)
             if config.learned_positions else None)
-        # Each block adds two branches to the stream; this keeps its variance from growing.
-        gain = (2 * config.num_layers) ** -0.5
 
-        def kind(mixer):
-            return lambda key: Block(mixer, config.mlp, config.norm, config.width,
-                                     post_norms=config.post_norms, dropout=config.dropout,
-                                     gain=gain, key=key, dtype=dtype)
+        def kind(mixer, mlp):
+            return lambda key, layer: Block(
+                mixer, mlp, config.norm, config.width, post_norms=config.post_norms,
+                dropout=config.dropout, gain=config.gain(),
+                depth=layer / max(config.num_layers - 1, 1), key=key, dtype=dtype)
 
-        self.stack = Stack([kind(m) for m in config.mixers()], config.num_layers,
-                           stacked=stacked, remat=remat, key=keys[2])
+        kinds = [kind(*pair) for pair in zip(config.mixers(), config.mlps(), strict=True)]
+        self.stack = Stack(kinds, config.num_layers, stacked=stacked, remat=remat, key=keys[2])
         self.norm = Normalize(config.norm, config.width, key=key, dtype=dtype)
-        init = sharding.param(fan_in_normal(config.width), "embed", "vocab")
+        init = sharding.param(filled_up(fan_in_normal(config.width), 1, config.vocab_fill),
+                              "embed", "vocab")
+        columns = config.vocab_size + config.vocab_fill
         self.head = None if config.tie_embeddings else nnx.Param(
-            init(keys[3], (config.width, config.vocab_size), dtype), axes=init.axes)
+            init(keys[3], (config.width, columns), dtype), axes=init.axes)
 
     def head_matrix(self) -> jax.Array:
-        """The head [D, V], which may be the token table."""
+        """The head [D, V + vocab_fill], which may be the token table."""
         return self.embed.table[...].T if self.head is None else self.head[...]
 
     def _embed(self, tokens, positions, key=None):
@@ -167,6 +189,7 @@ class DecoderLM(nnx.Module):
         logits = sharding.einsum("btd,dv->btv", hidden, self.head_matrix(),
                                  weight=("embed", "vocab"), out=("batch", "seq", "vocab"),
                                  preferred_element_type=jnp.float32)
+        logits = sharding.first(logits, self.config.vocab_size, "batch", "seq", "vocab")
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -224,7 +247,8 @@ class DecoderLM(nnx.Module):
         labels int32 [B, T], weights float32 [B, T]; see `layers.losses.cross_entropy`.
         """
         return cross_entropy(output.hidden, self.head_matrix(), labels, weights, z_loss=z_loss,
-                             softcap=self.config.logit_softcap)
+                             softcap=self.config.logit_softcap,
+                             vocab_size=self.config.vocab_size)
 
     def init_state(self, batch: int, max_len: int, path: int = 1) -> DecoderState:
         """An empty state for `batch` requests of up to `max_len` tokens.

@@ -15,6 +15,7 @@ epilogue takes a quarter of the time. A tuned table changes the order.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.dims import Dims
 from pallas_kernels.dispatch import op
@@ -39,6 +40,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
+    vocab_size: int | None = None,
     vocab_axis: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """Weighted sum over positions of the cross-entropy of ``softmax(cap(hidden @ head))``.
@@ -51,11 +53,14 @@ def cross_entropy(
     Args:
       hidden: [B, T, D]; differentiable.
       head: [D, V]; differentiable. Sharded over the vocabulary where `vocab_axis` is given.
-      labels: int32 [B, T] in 0..V-1 of the whole vocabulary; ignored where the weight is 0.
+      labels: int32 [B, T], numbers of tokens in the whole vocabulary; ignored where the weight
+        is 0.
       weights: float32 [B, T].
       z_loss: coefficient of the squared log-normaliser.
       label_smoothing: in [0, 1): the part of the target that is spread over the vocabulary.
       softcap: logits become ``softcap * tanh(logits / softcap)``.
+      vocab_size: how many of the whole vocabulary's columns are tokens, where the last ones only
+        fill it up: these are in no sum and have no gradient. None: all.
       vocab_axis: the mesh axes over which `head` is sharded, inside a shard_map.
 
     Returns:
@@ -80,3 +85,8 @@ def cross_entropy(
                          "0 turns it off")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"cross_entropy: softcap={softcap} must be > 0; None turns it off")
+    if vocab_size is not None:
+        columns = head.shape[1] * (1 if vocab_axis is None else lax.axis_size(vocab_axis))
+        if not 1 <= vocab_size <= columns:
+            raise ValueError(f"cross_entropy: vocab_size={vocab_size} must be in 1..{columns}, "
+                             "the columns of the head; None takes all")

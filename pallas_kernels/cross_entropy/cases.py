@@ -7,15 +7,15 @@ from pallas_kernels.cases import Case
 TOLERANCE = {"float32": (1e-5, 1e-5), "bfloat16": (2e-2, 4e-2)}
 
 
-def _make(b, t, d, v, weighted):
+def _make(b, t, d, v, weighted, words):
     def make(rng):
         weights = np.ones((b, t))
         if weighted:
             weights = rng.integers(0, 3, (b, t)) / 2.0
             weights[0, 0], weights[-1, -1] = 0.0, 1.5
-        labels = rng.integers(0, v, (b, t))
+        labels = rng.integers(0, words, (b, t))
         # Both ends of the vocabulary.
-        labels.flat[-2:] = 0, v - 1
+        labels.flat[-2:] = 0, words - 1
         return (rng.normal(size=(b, t, d)), rng.normal(size=(d, v)) * d**-0.5,
                 labels.astype(np.int32), weights.astype(np.float32))
 
@@ -23,7 +23,8 @@ def _make(b, t, d, v, weighted):
 
 
 def _case(name, b, t, d, v, *, weighted=True, core=False, compiled=False, **options):
-    return Case(name, _make(b, t, d, v, weighted), options, (0, 1), TOLERANCE, core, compiled)
+    make = _make(b, t, d, v, weighted, options.get("vocab_size", v))
+    return Case(name, make, options, (0, 1), TOLERANCE, core, compiled)
 
 
 CASES = [
@@ -34,6 +35,8 @@ CASES = [
           weighted=False, core=True),
     _case("softcap-z-loss-odd", 5, 31, 72, 264, softcap=2.0, z_loss=1e-2, core=True),
     _case("wide-odd", 1, 129, 200, 390, core=True),
+    _case("filled-up", 2, 40, 48, 264, vocab_size=251, z_loss=1e-2, label_smoothing=0.1,
+          softcap=2.0, core=True),
     # The rest of the product.
     _case("all", 2, 150, 96, 700, z_loss=1e-2, label_smoothing=0.1, softcap=4.0),
     _case("smoothing", 2, 64, 64, 512, label_smoothing=0.5),

@@ -41,13 +41,15 @@ _BY_ROW = _TILE.reduce(1)
 _STATISTICS = 5
 
 
-def supports(target, hidden, head, labels, weights, **options):
+def supports(target, hidden, head, labels, weights, *, vocab_size=None, **options):
     """bfloat16 or float16 operands, on Hopper."""
     if target.chip not in _CHIPS:
         return f"{target.chip} is not {' or '.join(_CHIPS)}, for whose wgmma it is written"
     if hidden.dtype != head.dtype or str(hidden.dtype) not in _DTYPES:
         return (f"hidden is {hidden.dtype} and head {head.dtype}; both must be one of "
                 f"{', '.join(_DTYPES)} (wgmma would round float32 to TF32)")
+    if vocab_size is not None:
+        return f"vocab_size={vocab_size} hides columns, which its tiles do not; xla does"
     return None
 
 

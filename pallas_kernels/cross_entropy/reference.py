@@ -5,11 +5,12 @@ import jax.numpy as jnp
 
 
 def cross_entropy(hidden, head, labels, weights, *, z_loss=0.0, label_smoothing=0.0,
-                  softcap=None):
+                  softcap=None, vocab_size=None):
     """See `pallas_kernels.cross_entropy.cross_entropy`; holds all logits."""
     logits = jnp.einsum("btd,dv->btv", hidden, head)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits[..., :vocab_size]
     log_z = jax.nn.logsumexp(logits, axis=-1)
     log_p = logits - log_z[..., None]
     nll = -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]

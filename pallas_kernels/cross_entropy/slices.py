@@ -53,17 +53,19 @@ def differentiable(statistics: Callable, cotangents: Callable) -> Callable:
     Args:
       statistics: ``(hidden [R, D], head, labels [R], *, softcap, keep, **tiles) -> (Statistics,
         kept)``; labels are columns of this head, -1 where another shard has them. `kept` is
-        None unless `keep`.
+        None unless `keep`. Where only the first columns of this head are tokens, `columns` is
+        how many; it may be more than there are, or none.
       cotangents: ``(kept, labels, Statistics, Coefficients, *, softcap, **tiles) -> d_raw``:
-        [R, V] in hidden's dtype, the cotangents of the logits before the cap.
+        [R, V] in hidden's dtype, the cotangents of the logits before the cap. It is given
+        `columns` as well.
 
     Returns:
-      ``(hidden, head, labels, weights, *, rows, z_loss, label_smoothing, softcap, vocab_axis,
-      **tiles)``, where `rows` is R.
+      ``(hidden, head, labels, weights, *, rows, z_loss, label_smoothing, softcap,
+      vocab_size, vocab_axis, **tiles)``, where `rows` is R.
     """
 
     def slice_sums(hidden, head, labels, weights, keep, *, z_loss, label_smoothing, softcap,
-                   vocab_axis, **tiles):
+                   vocab_axis, vocab_size=None, **tiles):
         """Sums of one slice by name, and with `keep` its gradients for a unit cotangent."""
         columns = head.shape[1]
         vocab, offset = columns, 0
@@ -72,6 +74,8 @@ def differentiable(statistics: Callable, cotangents: Callable) -> Callable:
                 lax.axis_index(vocab_axis) * columns)
             labels = labels - offset
             labels = jnp.where((labels >= 0) & (labels < columns), labels, -1)
+        if vocab_size is not None:
+            vocab, tiles = vocab_size, {**tiles, "columns": vocab_size - offset}
         own, kept = statistics(hidden, head, labels, softcap=softcap, keep=keep, **tiles)
         top, first, normaliser, at_label, total = own
         correct = first == labels

@@ -34,13 +34,15 @@ DEPTH = 512  # of one step of the contraction
 VMEM_BYTES = 60 << 20  # of the 64 MiB and more that every chip since v5e has
 
 
-def supports(target, hidden, head, labels, weights, **options):
+def supports(target, hidden, head, labels, weights, *, vocab_size=None, **options):
     """bfloat16 and float32, of one dtype."""
     if target.chip == "v4":
         return "v4 has 16 MiB of vector memory, and its tiles are for chips with 64 and more"
     if hidden.dtype != head.dtype or hidden.dtype not in (jnp.bfloat16, jnp.float32):
         return (f"hidden is {hidden.dtype} and head {head.dtype}; both must be bfloat16 or both "
                 "float32")
+    if vocab_size is not None:
+        return f"vocab_size={vocab_size} hides columns, which its tiles do not; xla does"
     if not _fits(LANES, LANES, hidden.shape[-1], hidden.dtype.itemsize):
         return f"D={hidden.shape[-1]}: tiles of {LANES} rows and columns exceed the vector memory"
     return None

@@ -19,30 +19,37 @@ def slice_rows(positions: int, vocab: int, platform: str) -> int:
     return rows_per_slice(positions, max(fewest, logits // vocab), multiple)
 
 
-def _statistics(hidden, head, labels, *, softcap, keep):
+def _statistics(hidden, head, labels, *, softcap, keep, columns=None):
     logits = jnp.einsum("rd,dv->rv", hidden, head, preferred_element_type=jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    columns = lax.broadcasted_iota(jnp.int32, (1, head.shape[1]), 1)
+    column = lax.broadcasted_iota(jnp.int32, (1, head.shape[1]), 1)
+    inside = logits
+    if columns is not None:
+        inside = jnp.where(column < columns, logits, 0.0)
+        # Finite: a shard may have no token at all.
+        logits = jnp.where(column < columns, logits, -1e30)
     top = jnp.max(logits, axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - top)
     # Comparisons vectorise; a gather and a scatter along the vocabulary do not.
     found = Statistics(
         top[:, 0],
-        jnp.min(jnp.where(logits == top, columns, head.shape[1]), axis=-1),
+        jnp.min(jnp.where(logits == top, column, head.shape[1]), axis=-1),
         jnp.sum(exponentials, axis=-1),
-        jnp.sum(jnp.where(labels[:, None] == columns, logits, 0.0), axis=-1),
-        jnp.sum(logits, axis=-1))
+        jnp.sum(jnp.where(labels[:, None] == column, logits, 0.0), axis=-1),
+        jnp.sum(inside, axis=-1))
     return found, (logits, exponentials, hidden.dtype) if keep else None
 
 
-def _cotangents(kept, labels, own, coefficients, *, softcap):
+def _cotangents(kept, labels, own, coefficients, *, softcap, columns=None):
     logits, exponentials, dtype = kept
-    columns = lax.broadcasted_iota(jnp.int32, (1, logits.shape[1]), 1)
+    column = lax.broadcasted_iota(jnp.int32, (1, logits.shape[1]), 1)
     exponential, hit, spread = (c[:, None] for c in coefficients)
-    d_logits = exponentials * exponential - jnp.where(labels[:, None] == columns, hit, 0.0) - spread
+    d_logits = exponentials * exponential - jnp.where(labels[:, None] == column, hit, 0.0) - spread
     if softcap is not None:
         d_logits = d_logits * (1.0 - (logits / softcap) ** 2)
+    if columns is not None:
+        d_logits = jnp.where(column < columns, d_logits, 0.0)
     return d_logits.astype(dtype)
 
 

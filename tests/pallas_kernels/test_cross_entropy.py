@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 
 import pallas_kernels
 import sharding
-from pallas_kernels.cross_entropy import cross_entropy, reference, tpu, xla
+from pallas_kernels.cross_entropy import cross_entropy, gpu, reference, tpu, xla
 from pallas_kernels.dispatch import RESIDUAL
 from sharding import Rules
 from tests.tiny import MESH
@@ -311,6 +311,32 @@ def test_eight_devices_equal_one(name, explicit):
     assert_close(eight, one)
 
 
+@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize("name", [None, "vocabulary", "vocabulary over two", "both"])
+def test_columns_that_fill_a_vocabulary_up(name, explicit):
+    """11 tokens in 16 columns, of four shards one holds none: as without the other columns,
+    whatever these hold."""
+    hidden, head, labels, weights = operands(b=4, t=5, v=11)
+    options = {"z_loss": 0.1, "label_smoothing": 0.2, "softcap": 2.0}
+    wanted = expected((hidden, head, labels, weights), factor=3.0, **options)
+    wanted["head"] = np.pad(wanted["head"], ((0, 0), (0, 5)))
+    wider = hidden, np.pad(head, ((0, 0), (0, 5)), constant_values=50.0), labels, weights
+    op = functools.partial(sharding.local, cross_entropy, vocab_size=11, **options)
+    with (contextlib.nullcontext() if name is None else
+          sharding.use(sharding.mesh(MESH, explicit=explicit), RULES[name])):
+        found = results(op, wider, factor=3.0)
+    assert_close(found, wanted)
+    assert not found["head"][:, 11:].any()
+
+
+def test_kernels_refuse_columns_that_are_no_tokens():
+    bound, options = cross_entropy.bind(*map(jnp.asarray, operands()), vocab_size=7)
+    bound = [x.astype(jnp.bfloat16) if i < 2 else x for i, x in enumerate(bound)]
+    for module, chip in ((tpu, "v5p"), (gpu, "h200")):
+        target = pallas_kernels.Target.parse(chip)
+        assert "vocab_size=7 hides columns" in module.supports(target, *bound, **options)
+
+
 def test_kernels_merge_shards_of_the_vocabulary():
     arrays = operands(b=4, t=5, v=600)
     options = {"z_loss": 0.1, "label_smoothing": 0.2, "softcap": 2.0}
@@ -359,7 +385,9 @@ def test_refuses_labels_that_are_no_integers():
     [({"label_smoothing": 1.0}, r"label_smoothing=1.0 must be in \[0, 1\)"),
      ({"label_smoothing": -0.1}, r"label_smoothing=-0.1"),
      ({"softcap": 0.0}, r"softcap=0.0 must be > 0; None turns it off"),
-     ({"softcap": float("nan")}, r"softcap=nan must be > 0")], ids=str)
+     ({"softcap": float("nan")}, r"softcap=nan must be > 0"),
+     ({"vocab_size": 0}, r"vocab_size=0 must be in 1..11"),
+     ({"vocab_size": 12}, r"vocab_size=12 must be in 1..11, the columns of the head")], ids=str)
 def test_refuses_options_out_of_range(options, message):
     arrays = (jnp.asarray(x) for x in operands())
     with pytest.raises(ValueError, match=message):

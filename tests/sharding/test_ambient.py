@@ -151,6 +151,24 @@ def test_einsum(explicit, preset):
 
 
 @MODES
+def test_first(explicit):
+    """Of shards that the new size does not divide into."""
+    x = np.arange(4 * 2 * 12, dtype=np.float32).reshape(4, 2, 12)
+    axes = ("batch", "seq", "vocab")
+
+    def run(x):
+        return sharding.first(sharding.constrain(x, *axes), 11, *axes)
+
+    assert_close(jax.jit(run)(x), x[..., :11], tol=0)
+    mesh = sharding.mesh(MESH, explicit=explicit)
+    with sharding.use(mesh, sharding.rules("fsdp_tp")):
+        layout = jax.NamedSharding(mesh, sharding.spec("batch", "seq", None))
+        found = jax.jit(run)(jax.device_put(x, layout))
+    assert_close(found, x[..., :11], tol=0)
+    assert found.addressable_shards[0].data.shape[0] == 1
+
+
+@MODES
 def test_lookup(explicit):
     rng = np.random.default_rng(0)
     table = rng.normal(size=(6, 4)).astype(np.float32)
