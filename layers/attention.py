@@ -86,8 +86,9 @@ class Attention:
         """Width of a value head."""
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
-    def build(self, width: int, *, gain: float, key: jax.Array, dtype) -> "AttentionMixer":
-        """The module; `gain` scales the initial output projection."""
+    def build(self, width: int, *, gain: float, depth: float | jax.Array = 0.0, key: jax.Array,
+              dtype) -> "AttentionMixer":
+        """See `layers.mixer.MixerConfig`; layers of all depths start alike."""
         return AttentionMixer(self, width, gain=gain, key=key, dtype=dtype)
 
     def flops_per_token(self, width: int, length: int) -> float:

@@ -1,4 +1,4 @@
-"""The residual block: norm, mixer, residual; norm, MLP or mixture of experts, residual."""
+"""The residual block: norm, mixer, residual; perhaps norm, MLP or mixture of experts, residual."""
 
 from typing import Any
 
@@ -10,37 +10,40 @@ import sharding
 from layers.dropout import dropout, fold
 from layers.mixer import MixerConfig
 from layers.mlp import Mlp
-from layers.moe import MixtureOfExperts, Moe
+from layers.moe import Moe
 from layers.norm import Norm, Normalize
 
 
 class Block(nnx.Module):
     """A pre-norm residual block around one sequence mixer."""
 
-    def __init__(self, mixer: MixerConfig, mlp: Mlp | Moe, norm: Norm, width: int, *,
-                 post_norms: bool = False, dropout: float, gain: float, key: jax.Array,
-                 dtype=jnp.float32):
-        """`gain` scales the initial output projections of the mixer and of the MLP; `post_norms`
-        norms what these two return before it is added."""
+    def __init__(self, mixer: MixerConfig, mlp: Mlp | Moe | None, norm: Norm, width: int, *,
+                 post_norms: bool = False, dropout: float, gain: float,
+                 depth: float | jax.Array = 0.0, key: jax.Array, dtype=jnp.float32):
+        """`gain` scales the initial output projections of the mixer and of the MLP; `depth` is
+        where the block stands, from 0 to 1; `post_norms` norms what the two return before it is
+        added."""
         keys = jax.random.split(key, 2)
         self.dropout = dropout
 
-        def normalize():
-            return Normalize(norm, width, key=key, dtype=dtype)
+        def normalize(wanted=True):
+            return Normalize(norm, width, key=key, dtype=dtype) if wanted else None
 
         self.mixer_norm = normalize()
-        self.mixer = mixer.build(width, gain=gain, key=keys[0], dtype=dtype)
-        self.mixer_post_norm = normalize() if post_norms else None
-        self.mlp_norm = normalize()
-        self.mlp = mlp.build(width, gain=gain, key=keys[1], dtype=dtype)
-        self.mlp_post_norm = normalize() if post_norms else None
+        self.mixer = mixer.build(width, gain=gain, depth=depth, key=keys[0], dtype=dtype)
+        self.mixer_post_norm = normalize(post_norms)
+        self.mlp_norm = normalize(mlp is not None)
+        self.mlp = None if mlp is None else mlp.build(width, gain=gain, key=keys[1], dtype=dtype)
+        self.mlp_post_norm = normalize(post_norms and mlp is not None)
 
     def _residual(self, x, mixed, valid, key=None):
         if self.mixer_post_norm is not None:
             mixed = self.mixer_post_norm(mixed)
-        y, x = self.mlp_norm(dropout(mixed, self.dropout, fold(key, 0)), x)
-        routed = isinstance(self.mlp, MixtureOfExperts)
-        y, aux = self.mlp(y, valid) if routed else (self.mlp(y), {})
+        mixed = dropout(mixed, self.dropout, fold(key, 0))
+        if self.mlp is None:
+            return sharding.constrain(x + mixed, "batch", "seq", "embed"), {}
+        y, x = self.mlp_norm(mixed, x)
+        y, aux = self.mlp(y, valid)
         if self.mlp_post_norm is not None:
             y = self.mlp_post_norm(y)
         x = x + dropout(y, self.dropout, fold(key, 1))

@@ -45,10 +45,11 @@ class State:
 class Rows(Protocol):
     """A tree of N rows per request, in an order where parents stand before their children.
 
-    depth int32 [B, N] (root 0), valid bool [B, N], ancestors bool [B, N, N]
-    (``ancestors[b, i, j]``: row j is row i or one of its ancestors).
+    parent int32 [B, N] (the root's is itself), depth int32 [B, N] (root 0), valid bool [B, N],
+    ancestors bool [B, N, N] (``ancestors[b, i, j]``: row j is row i or one of its ancestors).
     """
 
+    parent: jax.Array
     depth: jax.Array
     valid: jax.Array
     ancestors: jax.Array
@@ -80,7 +81,11 @@ def prefill(mixer: Mixer, x: jax.Array, valid: jax.Array, state: State
 class MixerConfig(Protocol):
     """A frozen dataclass that builds a mixer and counts its work."""
 
-    def build(self, width: int, *, gain: float, key: jax.Array, dtype) -> Mixer: ...
+    def build(self, width: int, *, gain: float, depth: float | jax.Array = 0.0, key: jax.Array,
+              dtype) -> Mixer:
+        """The module; `gain` scales the initial output projection, `depth` says where its layer
+        stands: 0 for the first, 1 for the last."""
+        ...
 
     def flops_per_token(self, width: int, length: int) -> float:
         """Forward FLOPs of one token in a causal sequence of `length`, averaged over it."""
@@ -100,3 +105,15 @@ def state(cls: type) -> type:
 def valid_count(valid: jax.Array) -> jax.Array:
     """bool [B, T] -> int32 [B]: how many positions are real."""
     return jnp.sum(valid, axis=1, dtype=jnp.int32)
+
+
+def rows_at(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x [B, N, ...] at index int [B, P] -> [B, P, ...]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def refuse_context(context: jax.Array | None, mixer: str) -> None:
+    """Raises ValueError where a recurrent `mixer`, "an mLSTM", is given an encoder's output."""
+    if context is not None:
+        raise ValueError(f"{mixer} reads no context; give the decoder's cross-attention another "
+                         "mixer, such as attention")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,10 @@ class FeedForward(nnx.Module):
                            ("batch", "seq", "embed"), bias=config.bias, gain=gain, key=keys[2],
                            dtype=dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+    def __call__(self, x: jax.Array, valid: jax.Array | None = None
+                 ) -> tuple[jax.Array, dict[str, Any]]:
+        """[B, T, D] -> [B, T, D], and what every MLP returns besides: auxiliary losses and
+        statistics, of which this one has none. `valid` bool [B, T] makes no difference."""
         act = ACTIVATIONS[self.config.activation]
         hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(hidden)
+        return self.down(hidden), {}

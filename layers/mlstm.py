@@ -10,7 +10,8 @@ there, stabilised as in its appendix A):
 
 from C = n = m = 0. The layer around it is that of xLSTM 7B (arXiv:2503.13427): dense
 projections of the normed stream, gates under a soft cap, and ``y = W_out (sigmoid(o_t) *
-LayerNorm_head(h_t))``.
+LayerNorm_head(h_t))``. `PreUpMLstm` is that of the first xLSTM (arXiv:2405.04517, figure 11),
+which is a block by itself.
 
 A tree of rows needs no matrix per row. The recurrence is linear: a row's h is a sum over its
 ancestors, weighted by the gates between, and over the state before the tree, which is only read.
@@ -24,11 +25,14 @@ from flax import nnx
 from jax import lax
 
 import sharding
+from layers.conv import CausalConv
 from layers.linear import Linear
-from layers.mixer import Rows, State, state
+from layers.mixer import Rows, State, refuse_context, rows_at, state
 from pallas_kernels.mlstm import mlstm
 
 EPS = 1e-6  # On the normaliser.
+# Initial deviation, times the root of the width, of what reads the stream (arXiv:1910.05895).
+SMALL = 0.4**0.5
 
 # The state is float32, and products with it are too, whatever a matrix unit would do by default.
 _EXACT = lax.Precision.HIGHEST
@@ -56,16 +60,15 @@ class MLstm:
     sigmoid_gate: bool = False
 
     def __post_init__(self):
-        for name in ("num_heads", "key_dim", "value_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"mlstm.{name} is {getattr(self, name)}; it must be >= 1")
+        _check_at_least_1(self, "num_heads", "key_dim", "value_dim")
         for name, example in (("gate_softcap", 15), ("norm_eps", 1e-6)):
             if not getattr(self, name) > 0:
                 raise ValueError(f"mlstm.{name} is {getattr(self, name)}; it must be positive, "
                                  f"e.g. {example}")
 
-    def build(self, width: int, *, gain: float, key: jax.Array, dtype) -> "MLstmMixer":
-        """The module; `gain` scales the initial output projection."""
+    def build(self, width: int, *, gain: float, depth: float | jax.Array = 0.0, key: jax.Array,
+              dtype) -> "MLstmMixer":
+        """See `layers.mixer.MixerConfig`; layers of all depths start alike."""
         return MLstmMixer(self, width, gain=gain, key=key, dtype=dtype)
 
     def flops_per_token(self, width: int, length: int) -> float:
@@ -77,6 +80,56 @@ class MLstm:
         h, k, v = self.num_heads, self.key_dim, self.value_dim
         projections = 2 * width * h * (2 * k + 3 * v + 2)
         return projections + 4 * h * k * (v + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreUpMLstm:
+    """A config of an mLSTM between an up- and a down-projection (arXiv:2405.04517, figure 11).
+
+    With u and z of ``x W_up``, c the SiLU of a causal convolution of u, queries and keys of c,
+    values of u, all three by matrices of `block` x `block` along the diagonal, and gates of all
+    three: ``y = W_down ((LayerNorm_head(h) + skip * c) * silu(z))``.
+
+    Attributes:
+      num_heads: matrices of state.
+      head_dim: width of a head; of all together the inner width, twice the stream's there.
+      taps: inputs that the convolution reads.
+      block: width of the diagonal's blocks.
+      norm_eps: added to a head's variance in the norm of its output, whose scale is stored as its
+        distance from one.
+    """
+
+    num_heads: int
+    head_dim: int
+    taps: int = 4
+    block: int = 4
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        _check_at_least_1(self, "num_heads", "head_dim", "taps", "block")
+        if self.head_dim % self.block:
+            raise ValueError(f"mlstm.head_dim is {self.head_dim}; it must be a multiple of "
+                             f"mlstm.block, {self.block}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"mlstm.norm_eps is {self.norm_eps}; it must be positive, e.g. 1e-5")
+
+    def build(self, width: int, *, gain: float, depth: float | jax.Array = 0.0, key: jax.Array,
+              dtype) -> "PreUpMLstmMixer":
+        """See `layers.mixer.MixerConfig`; the output projection has the deviation
+        ``gain / sqrt(width)``, and layers of all depths start alike."""
+        return PreUpMLstmMixer(self, width, gain=gain, key=key, dtype=dtype)
+
+    def flops_per_token(self, width: int, length: int) -> float:
+        """Projections, and the recurrence as in `MLstm`; the convolution is no matrix product."""
+        h, k = self.num_heads, self.head_dim
+        projections = 2 * h * k * (3 * width + 3 * self.block + 2 * 3 * h)
+        return projections + 4 * h * k * (k + 1)
+
+
+def _check_at_least_1(config, *names) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"mlstm.{name} is {getattr(config, name)}; it must be >= 1")
 
 
 @state
@@ -95,33 +148,39 @@ class MLstmState(State):
 
 
 class Gate(nnx.Module):
-    """A gate's pre-activation per head, ``softcap * tanh((x @ kernel + bias) / softcap)``.
+    """A gate's pre-activation per head, ``x @ kernel + bias``, perhaps under a soft cap.
 
     In float32 from the product on. The kernel is 0 at first, so that the bias alone decides.
     """
 
-    def __init__(self, width: int, bias: jax.Array, softcap: float, *, key: jax.Array, dtype):
-        """`bias` [H] is the initial one."""
-        self.softcap = softcap
-        init = sharding.param(jax.nn.initializers.zeros, "embed", "heads")
-        self.kernel = nnx.Param(init(key, (width, *bias.shape), dtype), axes=init.axes)
+    def __init__(self, expression: str, shape: tuple[int, ...], axes: tuple[str | None, ...],
+                 bias: jax.Array, softcap: float | None, *, key: jax.Array, dtype):
+        """`expression`, `shape` and `axes` as in `Linear`; `bias` [H] is the initial one; the cap
+        makes ``softcap * tanh(x / softcap)``."""
+        self.expression, self.axes, self.softcap = expression, axes, softcap
+        init = sharding.param(jax.nn.initializers.zeros, *axes)
+        self.kernel = nnx.Param(init(key, shape, dtype), axes=init.axes)
         init = sharding.param(lambda key, shape, dtype: bias.astype(dtype), "heads")
         self.bias = nnx.Param(init(key, bias.shape, dtype), axes=init.axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> float32 [B, T, H]."""
-        y = sharding.einsum("btd,dh->bth", x, self.kernel[...], weight=("embed", "heads"),
+        """[B, T, ...] -> float32 [B, T, H]."""
+        y = sharding.einsum(self.expression, x, self.kernel[...], weight=self.axes,
                             out=("batch", "seq", "heads"), preferred_element_type=jnp.float32)
         y = y + self.bias[...].astype(jnp.float32)
-        return self.softcap * jnp.tanh(y / self.softcap)
+        return y if self.softcap is None else self.softcap * jnp.tanh(y / self.softcap)
 
 
 class HeadNorm(nnx.Module):
-    """LayerNorm (arXiv:1607.06450) of each head alone, without bias, in float32."""
+    """LayerNorm (arXiv:1607.06450) of each head alone, without bias, in float32.
 
-    def __init__(self, heads: int, width: int, eps: float, *, key: jax.Array, dtype):
-        self.eps = eps
-        init = sharding.param(jax.nn.initializers.ones, "heads", "head_dim")
+    `offset` is added to the scale that is stored.
+    """
+
+    def __init__(self, heads: int, width: int, eps: float, *, offset: float = 0.0, key: jax.Array,
+                 dtype):
+        self.eps, self.offset = eps, offset
+        init = sharding.param(jax.nn.initializers.constant(1.0 - offset), "heads", "head_dim")
         self.scale = nnx.Param(init(key, (heads, width), dtype), axes=init.axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -129,70 +188,47 @@ class HeadNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x * self.scale[...].astype(jnp.float32)
+        return x * (self.scale[...].astype(jnp.float32) + self.offset)
 
 
-class MLstmMixer(nnx.Module):
-    """The mLSTM layer under the mixer contract of `layers.mixer`."""
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """C, n and m under the methods of a mixer, without the layer around them.
 
-    def __init__(self, config: MLstm, width: int, *, gain: float, key: jax.Array, dtype):
-        self.config = config
-        h, k, v = config.num_heads, config.key_dim, config.value_dim
-        keys = jax.random.split(key, 5)
+    `operands` are queries and keys [B, T, H, K], values [B, T, H, V] and the pre-activations of
+    the gates i and f, float32 [B, T, H]; h is [B, T, H, V]. The fields are those of `MLstm`.
+    """
 
-        def project(size, key):
-            return Linear("btd,dhk->bthk", (width, h, size), ("embed", "heads", "head_dim"),
-                          ("batch", "seq", "heads", "head_dim"), key=key, dtype=dtype)
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    sigmoid_gate: bool = False
 
-        self.query = project(k, keys[0])
-        self.key = project(k, keys[1])
-        self.value = project(v, keys[2])
-        self.output_gate = project(v, keys[3])
-        # Almost shut, and open: the memory starts long and takes in little (arXiv:2503.13427).
-        self.input_gate = Gate(width, jnp.full(h, -10.0), config.gate_softcap, key=key,
-                               dtype=dtype)
-        self.forget_gate = Gate(width, jnp.linspace(3.0, 6.0, h), config.gate_softcap, key=key,
-                                dtype=dtype)
-        self.norm = HeadNorm(h, v, config.norm_eps, key=key, dtype=dtype)
-        self.out = Linear("bthv,hvd->btd", (h, v, width), ("heads", "head_dim", "embed"),
-                          ("batch", "seq", "embed"), gain=gain, key=keys[4], dtype=dtype)
+    def __call__(self, operands, segment_ids, state: MLstmState | None = None):
+        """The parallel form: (h, the state behind the last position)."""
+        before = (None,) * 3 if state is None else (
+            state.cell, state.normalizer, state.stabilizer)
+        h, *after = sharding.local(mlstm, *operands, segment_ids, *before, eps=EPS,
+                                   sigmoid_gate=self.sigmoid_gate)
+        return h, MLstmState(*after)
 
-    def _project(self, x):
-        """Queries and keys [B, T, H, K], values [B, T, H, V], gates i and f float32 [B, T, H]."""
-        return (self.query(x), self.key(x), self.value(x), self.input_gate(x),
-                self.forget_gate(x))
-
-    def _recur(self, *operands):
-        return sharding.local(mlstm, *operands, eps=EPS, sigmoid_gate=self.config.sigmoid_gate)
-
-    def _output(self, x, h):
-        gate = jax.nn.sigmoid(self.output_gate(x).astype(jnp.float32))
-        return self.out((gate * self.norm(h)).astype(x.dtype))
-
-    def __call__(self, x, segment_ids, positions, context=None):
-        _refuse(context)
-        h, *_ = self._recur(*self._project(x), segment_ids, None, None, None)
-        return self._output(x, h)
-
-    def init_state(self, batch, max_len, path=1, context=None):
-        _refuse(context)
-        c = self.config
-
+    def init_state(self, batch: int) -> MLstmState:
+        """Zeros."""
         def zeros(*shape):
-            x = jnp.zeros((batch, c.num_heads, *shape), jnp.float32)
+            x = jnp.zeros((batch, self.num_heads, *shape), jnp.float32)
             return sharding.constrain(x, "batch", "heads", *(None for _ in shape))
 
-        return MLstmState(zeros(c.key_dim, c.value_dim), zeros(c.key_dim), zeros())
+        return MLstmState(zeros(self.key_dim, self.value_dim), zeros(self.key_dim), zeros())
 
-    def absorb(self, x, valid, state):
+    def absorb(self, operands, valid: jax.Array, state: MLstmState):
+        """(h, the state after a chunk)."""
         # One document, whose padding may stand anywhere.
-        h, *after = self._recur(*self._project(x), valid.astype(jnp.int32), state.cell,
-                                state.normalizer, state.stabilizer)
-        return self._output(x, h), MLstmState(*after)
+        return self(operands, valid.astype(jnp.int32), state)
 
-    def step(self, x, tree: Rows, state):
-        query, key, value, i, f = self._project(x)
-        i = jax.nn.log_sigmoid(i) if self.config.sigmoid_gate else i
+    def step(self, operands, tree: Rows, state: MLstmState):
+        """`operands` [B, N, ...] of a tree of rows -> (h, scratch)."""
+        query, key, value, i, f = operands
+        i = jax.nn.log_sigmoid(i) if self.sigmoid_gate else i
         f = jax.nn.log_sigmoid(f)
         seen = tree.ancestors & tree.valid[:, None, :]
         # What is left of the state at row n, and of row j there, as logarithms [B, H, N(, J)].
@@ -204,7 +240,7 @@ class MLstmMixer(nnx.Module):
         carried, weights = jnp.exp(carried - m), jnp.exp(weights - m[..., None])
 
         q, k, v = (jnp.swapaxes(y, 1, 2).astype(jnp.float32) for y in (query, key, value))
-        q = q * self.config.key_dim**-0.5
+        q = q * self.key_dim**-0.5
 
         def product(expression, *operands):
             return jnp.einsum(expression, *operands, precision=_EXACT)
@@ -215,22 +251,20 @@ class MLstmMixer(nnx.Module):
         below = jnp.sum(weights, axis=-1) + carried * product(
             "bhnk,bhk->bhn", q, state.normalizer)
         h = above / (jnp.maximum(jnp.abs(below), jnp.exp(-m)) + EPS)[..., None]
-        h = jnp.swapaxes(h, 1, 2).astype(x.dtype)
-        return self._output(x, h), (key, value, i, f)
+        return jnp.swapaxes(h, 1, 2).astype(value.dtype), (key, value, i, f)
 
     def _stabilizer(self, carried, weights):
         """m [...] for logarithms of what is left of the state [...] and of rows [..., J]."""
-        if self.config.sigmoid_gate:
+        if self.sigmoid_gate:
             return jnp.zeros_like(carried)
         return jnp.maximum(carried, jnp.max(weights, axis=-1))
 
-    def commit(self, state, scratch, path, count):
+    def commit(self, state: MLstmState, scratch, path: jax.Array, count: jax.Array) -> MLstmState:
+        """Of one layer or, with a leading axis, of several."""
         if state.cell.ndim > 4:  # a stack's
             return jax.vmap(self.commit, in_axes=(0, 0, None, None))(state, scratch, path, count)
         kept = (jnp.arange(path.shape[1]) < count[:, None])[..., None]
-        key, value, i, f = (
-            jnp.take_along_axis(y, path.reshape(*path.shape, *(1,) * (y.ndim - 2)), axis=1)
-            for y in scratch)
+        key, value, i, f = (rows_at(y, path) for y in scratch)
         f = jnp.where(kept, f, 0.0)
         # What the tokens behind each one leave of it.
         left = lax.cumsum(f, axis=1, reverse=True) - f
@@ -244,7 +278,146 @@ class MLstmMixer(nnx.Module):
                           carried[..., None] * state.normalizer + jnp.sum(key, axis=1), m)
 
 
-def _refuse(context) -> None:
-    if context is not None:
-        raise ValueError("an mLSTM reads no context; give the decoder's cross-attention another "
-                         "mixer, such as attention")
+class MLstmMixer(nnx.Module):
+    """The mLSTM layer under the mixer contract of `layers.mixer`."""
+
+    def __init__(self, config: MLstm, width: int, *, gain: float, key: jax.Array, dtype):
+        self.memory = Memory(config.num_heads, config.key_dim, config.value_dim,
+                             config.sigmoid_gate)
+        h, k, v = config.num_heads, config.key_dim, config.value_dim
+        keys = jax.random.split(key, 5)
+
+        def project(size, key):
+            return Linear("btd,dhk->bthk", (width, h, size), ("embed", "heads", "head_dim"),
+                          ("batch", "seq", "heads", "head_dim"), key=key, dtype=dtype)
+
+        def gate(bias):
+            return Gate("btd,dh->bth", (width, h), ("embed", "heads"), bias, config.gate_softcap,
+                        key=key, dtype=dtype)
+
+        self.query = project(k, keys[0])
+        self.key = project(k, keys[1])
+        self.value = project(v, keys[2])
+        self.output_gate = project(v, keys[3])
+        # Almost shut, and open: the memory starts long and takes in little (arXiv:2503.13427).
+        self.input_gate = gate(jnp.full(h, -10.0))
+        self.forget_gate = gate(jnp.linspace(3.0, 6.0, h))
+        self.norm = HeadNorm(h, v, config.norm_eps, key=key, dtype=dtype)
+        self.out = Linear("bthv,hvd->btd", (h, v, width), ("heads", "head_dim", "embed"),
+                          ("batch", "seq", "embed"), gain=gain, key=keys[4], dtype=dtype)
+
+    def _project(self, x):
+        """What `Memory` takes."""
+        return (self.query(x), self.key(x), self.value(x), self.input_gate(x),
+                self.forget_gate(x))
+
+    def _output(self, x, h):
+        gate = jax.nn.sigmoid(self.output_gate(x).astype(jnp.float32))
+        return self.out((gate * self.norm(h)).astype(x.dtype))
+
+    def __call__(self, x, segment_ids, positions, context=None):
+        refuse_context(context, "an mLSTM")
+        return self._output(x, self.memory(self._project(x), segment_ids)[0])
+
+    def init_state(self, batch, max_len, path=1, context=None):
+        refuse_context(context, "an mLSTM")
+        return self.memory.init_state(batch)
+
+    def absorb(self, x, valid, state):
+        h, after = self.memory.absorb(self._project(x), valid, state)
+        return self._output(x, h), after
+
+    def step(self, x, tree: Rows, state):
+        h, scratch = self.memory.step(self._project(x), tree, state)
+        return self._output(x, h), scratch
+
+    def commit(self, state, scratch, path, count):
+        return self.memory.commit(state, scratch, path, count)
+
+
+@state
+class PreUpMLstmState(State):
+    """`conv`: the convolution's last inputs [B, taps - 1, H, K]; `memory`: see `MLstmState`."""
+
+    conv: jax.Array
+    memory: MLstmState
+
+
+class PreUpMLstmMixer(nnx.Module):
+    """The layer of `PreUpMLstm` under the mixer contract of `layers.mixer`."""
+
+    def __init__(self, config: PreUpMLstm, width: int, *, gain: float, key: jax.Array, dtype):
+        h, k = config.num_heads, config.head_dim
+        self.memory, self.block = Memory(h, k, k), config.block
+        keys = jax.random.split(key, 8)
+        heads = ("batch", "seq", "heads", "head_dim")
+
+        def project(key):
+            return Linear("btd,dhk->bthk", (width, h, k), ("embed", "heads", "head_dim"), heads,
+                          gain=SMALL, key=key, dtype=dtype)
+
+        def diagonal(key):
+            return Linear("bthci,hcio->bthco", (h, k // config.block, config.block, config.block),
+                          ("heads", None, None, None), (*heads, None),
+                          gain=SMALL * (config.block / width)**0.5, key=key, dtype=dtype)
+
+        def gate(bias):
+            return Gate("btshk,shkg->btg", (3, h, k, h), (None, "heads", "head_dim", None), bias,
+                        None, key=key, dtype=dtype)
+
+        self.up = project(keys[0])
+        self.gate = project(keys[1])
+        self.conv = CausalConv(config.taps, h, k, key=keys[2], dtype=dtype)
+        self.query = diagonal(keys[3])
+        self.key = diagonal(keys[4])
+        self.value = diagonal(keys[5])
+        self.input_gate = gate(0.1 * jax.random.normal(keys[6], (h,)))
+        self.forget_gate = gate(jnp.linspace(3.0, 6.0, h))
+        self.norm = HeadNorm(h, k, config.norm_eps, offset=1.0, key=key, dtype=dtype)
+        init = sharding.param(jax.nn.initializers.ones, "heads", "head_dim")
+        self.skip = nnx.Param(init(key, (h, k), dtype), axes=init.axes)
+        self.out = Linear("bthk,hkd->btd", (h, k, width), ("heads", "head_dim", "embed"),
+                          ("batch", "seq", "embed"), gain=gain * (h * k / width)**0.5, key=keys[7],
+                          dtype=dtype)
+
+    def _project(self, u, c):
+        """What `Memory` takes."""
+        def diagonal(linear, x):
+            return linear(x.reshape(*x.shape[:-1], -1, self.block)).reshape(x.shape)
+
+        three = diagonal(self.query, c), diagonal(self.key, c), diagonal(self.value, u)
+        stacked = jnp.stack(three, axis=2)
+        return *three, self.input_gate(stacked), self.forget_gate(stacked)
+
+    def _output(self, x, c, h):
+        skip = sharding.gathered(self.skip[...], "heads", "head_dim").astype(jnp.float32)
+        y = (self.norm(h) + skip * c) * jax.nn.silu(self.gate(x).astype(jnp.float32))
+        return self.out(y.astype(x.dtype))
+
+    def __call__(self, x, segment_ids, positions, context=None):
+        refuse_context(context, "an mLSTM")
+        u = self.up(x)
+        c = jax.nn.silu(self.conv(u, segment_ids))
+        return self._output(x, c, self.memory(self._project(u, c), segment_ids)[0])
+
+    def init_state(self, batch, max_len, path=1, context=None):
+        refuse_context(context, "an mLSTM")
+        return PreUpMLstmState(self.conv.init_state(batch), self.memory.init_state(batch))
+
+    def absorb(self, x, valid, state):
+        u = self.up(x)
+        c, conv = self.conv.absorb(u, valid, state.conv)
+        c = jax.nn.silu(c)
+        h, memory = self.memory.absorb(self._project(u, c), valid, state.memory)
+        return self._output(x, c, h), PreUpMLstmState(conv, memory)
+
+    def step(self, x, tree: Rows, state):
+        u = self.up(x)
+        c, conv = self.conv.step(u, tree, state.conv)
+        c = jax.nn.silu(c)
+        h, memory = self.memory.step(self._project(u, c), tree, state.memory)
+        return self._output(x, c, h), (conv, memory)
+
+    def commit(self, state, scratch, path, count):
+        return PreUpMLstmState(self.conv.commit(state.conv, scratch[0], path, count),
+                               self.memory.commit(state.memory, scratch[1], path, count))

@@ -136,7 +136,7 @@ class MixtureOfExperts(nnx.Module):
                                activation=c.activation)
         y = sharding.constrain(jnp.sum(parts, axis=(0, 1)), "batch", "seq", "embed")
         if self.shared is not None:
-            y += jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)
+            y += jax.nn.sigmoid(self.shared_gate(x)) * self.shared(x)[0]
         return y, self._aux(logits, chosen, valid)
 
     def _aux(self, logits, chosen, valid) -> dict[str, Any]:

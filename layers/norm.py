@@ -16,9 +16,8 @@ from pallas_kernels.rms_norm import dims, rms_norm
 class Norm:
     """Which normalisation: kind "rms" (arXiv:1910.07467) or "layer" (arXiv:1607.06450).
 
-    `bias` adds a learned vector; eps is added to the mean square or variance. An RMSNorm may have
-    an `offset` that is added to its learned scale: 1 where the scale is stored as its distance
-    from one, as in Gemma.
+    `bias` adds a learned vector; eps is added to the mean square or variance; `offset` to the
+    learned scale: 1 where that is stored as its distance from one, as in Gemma.
     """
 
     kind: str = "rms"
@@ -33,9 +32,6 @@ class Norm:
             raise ValueError(f"norm.eps is {self.eps}; it must be positive, e.g. 1e-6")
         if not math.isfinite(self.offset):
             raise ValueError(f"norm.offset is {self.offset}; it must be finite, e.g. 0 or 1")
-        if self.offset and self.kind != "rms":
-            raise ValueError(f"norm.offset is {self.offset}; a norm of kind {self.kind!r} has "
-                             "none: make it 0, or the kind 'rms'")
 
 
 class Normalize(nnx.Module):
@@ -60,11 +56,11 @@ class Normalize(nnx.Module):
         With a residual, (the normalised sum of both, the sum).
         """
         options = {"eps": self.config.eps, "dims": dims(*self.rows)}
-        if self.config.kind == "rms":
-            op, options["offset"] = rms_norm, self.config.offset
-        else:
-            op = layer_norm
         # In float32 shards add up their gradients in float32.
         scale, bias = (None if p is None else p[...].astype(jnp.float32)
                        for p in (self.scale, self.bias))
+        if self.config.kind == "rms":
+            op, options["offset"] = rms_norm, self.config.offset
+        else:
+            op, scale = layer_norm, scale + self.config.offset
         return sharding.local(op, x, scale, residual, bias, **options)

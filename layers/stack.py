@@ -37,10 +37,11 @@ class Stack(nnx.Module):
     are `layers/<group>/<position>/...`.
     """
 
-    def __init__(self, kinds: Sequence[Callable[[jax.Array], nnx.Module]], num_layers: int, *,
-                 stacked: bool, remat: str = "none", key: jax.Array):
+    def __init__(self, kinds: Sequence[Callable[[jax.Array, int | jax.Array], nnx.Module]],
+                 num_layers: int, *, stacked: bool, remat: str = "none", key: jax.Array):
         """Args:
-          kinds: makes a block from a key, one per position in the repeating pattern.
+          kinds: makes a block from a key and the number of its layer, one per position in the
+            repeating pattern.
           num_layers: blocks in all.
           stacked: the form in memory, see above.
           remat: a name in REMAT.
@@ -53,7 +54,8 @@ class Stack(nnx.Module):
         self.stacked, self.remat = stacked, remat
 
         def group(first, count=self.period):
-            return nnx.List([kinds[i](jax.random.fold_in(key, first + i)) for i in range(count)])
+            return nnx.List([kinds[i](jax.random.fold_in(key, first + i), first + i)
+                             for i in range(count)])
 
         self.tail = group(self.groups * self.period, num_layers % self.period)
         if not stacked:

@@ -117,12 +117,12 @@ def sides(axes: tuple[str | None, ...]) -> list[tuple[int, ...]]:
     """A parameter's dimensions, inputs before outputs, as those of a matrix would be.
 
     A head's number and its width are one side: ("layers", "embed", "heads", "head_dim") gives
-    [(1,), (2, 3)]. A bias or a scale has one side. Layers, and the experts that come first in a
-    kernel, are a batch of matrices.
+    [(1,), (2, 3)]. A bias or a scale has one side. Layers, and the experts or the nameless axis
+    that come first, as that of a cell's gates, are a batch of matrices.
     """
     found: list[tuple[int, ...]] = []
     for i, axis in enumerate(axes):
-        if axis == "layers" or (axis == "experts" and not found):
+        if axis == "layers" or (axis in ("experts", None) and not found):
             continue
         if axis == "head_dim" and found and axes[i - 1] in _HEADS:
             found[-1] = (*found[-1], i)

@@ -269,8 +269,9 @@ def _print(result: dict[str, Any]) -> None:
     if "parameters" in result:
         table.add_row("parameters", f"{result['parameters']:,}")
     if result.get("replicated_because_uneven"):
-        table.add_row("replicated", ", ".join(result["replicated_because_uneven"])
-                      + ": does not divide over the mesh")
+        uneven = ", ".join(result["replicated_because_uneven"])
+        table.add_row("replicated", f"{uneven}: does not divide over the mesh" + (
+            " (--set=vocab_multiple=128 makes it)" if "vocab" in uneven else ""))
     room = memory["capacity"] - memory["total"]
     verdict = (f"fits, {room / GIB:.1f} GiB free" if room >= 0
                else f"[bold red]does not fit, {-room / GIB:.1f} GiB over[/bold red]")

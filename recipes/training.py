@@ -26,6 +26,7 @@ from recipes.tokenizer import Bytes, Tokenizer
 from recipes.tokenizer import load as load_tokenizer
 from zoo import checkpoint
 from zoo.convert import directory as directories
+from zoo.registry import check_kind
 
 # (model, batch, key, train) -> (sum, weight, statistics), as a task's `loss`.
 Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
@@ -499,6 +500,7 @@ def load_model(
         if step is not None:
             raise ValueError(f"step {step}: {directory} holds a model and not a training run, so "
                              "it has no steps; give none")
+        check_kind(zoo.load_config(directory), "language")
         # The tokenizer first: without one the weights are not worth the wait.
         tokenizer = load_tokenizer(_find_tokenizer(Path(directory).expanduser()))
         model = zoo.load(directory, mesh=mesh, rules=rules, dtype=dtype, stacked=stacked)

@@ -17,6 +17,9 @@ TRANSFORMER = {
     "mlp.hidden": 48,
 }  # fmt: skip
 MLSTM = {"mlstm.num_heads": 4, "mlstm.key_dim": 4, "mlstm.value_dim": 8, "mlstm.norm_eps": 1e-3}
+MIXED = {"mlstm.num_heads": 4, "mlstm.head_dim": 8, "mlstm.norm_eps": 1e-2, "slstm.num_heads": 4,
+         "slstm.norm_eps": 1e-2, "blocks": "ms"}
+RNN = {"rnn.num_heads": 4, "rnn.head_dim": 8}
 MOE = {"num_experts": 5, "top_k": 2, "hidden": 16, "balance_loss": 0.1, "z_loss": 0.01}
 
 
@@ -24,7 +27,10 @@ def config(name: str, **overrides):
     """The preset `name`, reduced; `overrides` as in `zoo.config`."""
     full = zoo.config(name)
     if type(full).__name__ == "XLstm":
-        return zoo.override(full, {**TRANSFORMER, **MLSTM, **overrides})
+        mixers = MLSTM if full.slstm is None else MIXED
+        return zoo.override(full, {**TRANSFORMER, **mixers, **overrides})
+    if type(full).__name__ == "Recurrent":
+        return zoo.override(full, {**TRANSFORMER, **RNN, **overrides})
     if type(full).__name__ != "Transformer":
         raise NotImplementedError(f"say here how to reduce a {type(full).__name__} for tests")
     small = {**TRANSFORMER, **_attention("attention", full.attention, theta=1e4, window=5)}
@@ -57,13 +63,15 @@ def _attention(path: str, full: Attention, *, theta: float, window: int) -> dict
 
 
 def forms() -> list[str]:
-    """The first preset of each form that differs in more than a number, the tying of the head, and
-    the scaling of rope's frequencies: for tests that cost time."""
+    """The first preset of each form that differs in more than a number, the tying of the head, the
+    scaling of rope's frequencies, and a classical cell: for tests that cost time."""
     found: dict = {}
-    for name in zoo.list():
+    for name in zoo.list("language"):
         form = config(name, tie_embeddings=False)
         if hasattr(form, "attention") and form.attention.rope is not None:
             form = zoo.override(form, {"attention.rope.scaling": None})
+        if hasattr(form, "rnn"):
+            form = zoo.override(form, {"rnn.cell": "lstm"})
         found.setdefault(form, name)
     return list(found.values())
 
@@ -84,6 +92,18 @@ def model(config, stacked: bool = False, seed: int = 0):
     params = jax.tree_util.tree_map_with_path(draw, abstract)
     definition = protocol.split(zoo.build(config, abstract=True, stacked=stacked))[0]
     return protocol.merge(definition, jax.device_put(params if stacked else to_list(params)))
+
+
+def filled_up(model, multiple: int, stacked: bool = False):
+    """The model with a `vocab_multiple`, and with 9 in the rows and columns that are no token."""
+    config = zoo.override(model.config, {"vocab_multiple": multiple})
+    definition, wanted = protocol.split(zoo.build(config, abstract=True, stacked=stacked))
+
+    def grow(x, like):
+        behind = [(0, n - m) for m, n in zip(x.shape, like.shape, strict=True)]
+        return np.pad(x, behind, constant_values=9)
+
+    return protocol.merge(definition, jax.tree.map(grow, protocol.split(model)[1], wanted))
 
 
 def batch(vocab: int, rows: int = 8, length: int = 12, seed: int = 0) -> dict[str, np.ndarray]:

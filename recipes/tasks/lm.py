@@ -14,6 +14,7 @@ from recipes import corpus as corpora
 from recipes import packing
 from recipes.tasks import Batch, Measure
 from recipes.tokenizer import load as load_tokenizer
+from zoo.registry import check_kind
 
 TOKENIZER = "tokenizer"  # The directory in a workdir that holds the tokenizer's files.
 # The arrays of a batch, all [batch, time]; see `recipes.packing`.
@@ -51,7 +52,8 @@ def make_loss(z_loss: float, accuracy: bool = False) -> Callable:
 
 
 def check_length(config: Any, seq_len: int) -> None:
-    """Raises ValueError for sequences that the model is not made for."""
+    """Raises ValueError for sequences, or anything else, that the model is not made for."""
+    check_kind(config, "language")
     if seq_len < 1:
         raise ValueError(f"seq_len {seq_len}: it must be at least 1")
     if seq_len > config.max_length:

@@ -7,7 +7,7 @@ import pytest
 
 import sharding
 from layers.embed import Embedding
-from layers.linear import Linear
+from layers.linear import Linear, fan_in_normal, filled_up
 from tests.tiny import MESH
 from tests.tolerances import assert_close
 from zoo import protocol
@@ -75,3 +75,14 @@ def test_embedding_on_eight_devices(explicit, size):
         layout = protocol.shardings(mesh, rules, protocol.axes(layer), params)
         actual = jax.jit(jax.value_and_grad(loss))(jax.device_put(params, layout))
     assert_close(actual, expected)
+
+
+def test_what_fills_a_table_up_is_zero():
+    """And the rows before it do not depend on it."""
+    plain = Embedding(5, 3, deviation=1.0, key=KEY).table[...]
+    filled = Embedding(5, 3, deviation=1.0, fill=3, key=KEY, dtype=jnp.bfloat16).table[...]
+    assert filled.shape == (8, 3) and filled.dtype == jnp.bfloat16
+    assert not filled[5:].any()
+    assert (filled[:5] == plain.astype(jnp.bfloat16)).all()
+    head = filled_up(fan_in_normal(4), 1, 2)(KEY, (4, 6))
+    assert (head == jnp.pad(fan_in_normal(4)(KEY, (4, 4)), ((0, 0), (0, 2)))).all()

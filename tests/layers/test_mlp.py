@@ -52,7 +52,9 @@ def test_formula(gated, bias):
 
     silu = FORMULAS["silu"]
     hidden = silu(apply("gate", x)) * apply("up", x) if gated else silu(apply("up", x))
-    assert_close(layer(jnp.asarray(x, jnp.float32)), apply("down", hidden))
+    y, aux = layer(jnp.asarray(x, jnp.float32))
+    assert_close(y, apply("down", hidden))
+    assert aux == {}
 
 
 def test_initial_scale():

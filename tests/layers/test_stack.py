@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import zoo
 from layers.attention import Attention
@@ -15,7 +16,7 @@ from layers.mlp import Mlp
 from layers.moe import Moe
 from layers.norm import Norm
 from layers.rope import Rope
-from layers.stack import REMAT, to_list, to_stacked
+from layers.stack import REMAT, Stack, to_list, to_stacked
 from tests import tiny
 from tests.tolerances import assert_close
 from zoo import protocol
@@ -66,6 +67,21 @@ def test_both_forms_start_alike_and_convert(num_layers):
     assert_close(to_list(stacked), listed, tol=0)
     assert_close(to_stacked(stacked), stacked, tol=0)
     assert_close(to_list(listed), listed, tol=0)
+
+
+def test_blocks_know_the_number_of_their_layer():
+    class Block(nnx.Module):
+        def __init__(self, key, layer):
+            self.layer = nnx.Param(jnp.float32(layer), axes=())
+
+    found = {}
+    for stacked in (True, False):
+        stack = Stack([Block, Block], 5, stacked=stacked, key=jax.random.key(0))
+        found[stacked] = to_stacked(protocol.split(stack)[1])
+    assert_close(found[True], {"blocks": {"0": {"layer": np.array([0.0, 2.0])},
+                                          "1": {"layer": np.array([1.0, 3.0])}},
+                               "tail": {"0": {"layer": np.float32(4.0)}}})
+    assert_close(found[False], found[True])
 
 
 def test_layout():

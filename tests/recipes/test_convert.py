@@ -73,6 +73,21 @@ def test_experts_there_and_back(tmp_path, capsys):
     assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
+def test_a_filled_up_vocabulary_there_and_back(tmp_path, capsys):
+    """From directory to directory, tensor by tensor; and a model of it in memory is the same."""
+    zoo.to_hf(tiny.model(tiny.config("llama-tiny", vocab_size=41, tie_embeddings=False)),
+              tmp_path / "theirs")
+    assert run(convert, f"--source={tmp_path / 'theirs'}", f"--out={tmp_path / 'ours'}",
+               "--vocab_multiple=16", "--check") == 0
+    assert run(convert, f"--source={tmp_path / 'ours'}", f"--out={tmp_path / 'back'}", "--to=hf",
+               "--check") == 0
+    assert capsys.readouterr().out.count("hold the same numbers") == 2
+    assert load_file(tmp_path / "ours" / "model.safetensors")["head"].shape[1] == 48
+    tiny.assert_same(zoo.load(tmp_path / "ours"), zoo.load(tmp_path / "theirs", vocab_multiple=16))
+    a, b = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("theirs", "back"))
+    assert a == b
+
+
 def test_float16_there_and_back(theirs, tmp_path):
     model = zoo.load(theirs)
     zoo.to_hf(model, tmp_path / "theirs", dtype="float16")
@@ -82,6 +97,23 @@ def test_float16_there_and_back(theirs, tmp_path):
     assert a == b
     params = zoo.protocol.split(zoo.load(tmp_path / "ours"))[1]
     assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+
+
+def test_a_model_that_transformers_does_not_have(tmp_path, capsys):
+    """Checked without it; of its two layouts the one asked for, then that of the source."""
+    config = tiny.config("xlstm-mixed-tiny", **{"mlstm.norm_eps": 1e-5, "slstm.norm_eps": 1e-5})
+    zoo.save(tiny.model(config), tmp_path / "ours")
+    for source, out, *kind in (("ours", "cuda", "--kind=xlstm_lm_cuda"), ("cuda", "again"),
+                               ("ours", "vanilla")):
+        assert run(convert, f"--source={tmp_path / source}", "--to=hf", f"--out={tmp_path / out}",
+                   "--check", *kind) == 0
+    out = capsys.readouterr().out
+    assert out.count("hold the same numbers") == 3
+    assert out.count("transformers has no xLSTMLMModel, so the models were not run") == 3
+    cuda, again, vanilla = (load_file(tmp_path / name / "model.safetensors")[
+        "xlstm_block_stack.blocks.1.xlstm.slstm_cell._recurrent_kernel_"]
+        for name in ("cuda", "again", "vanilla"))
+    assert np.array_equal(cuda, again) and np.array_equal(cuda.swapaxes(1, 2), vanilla)
 
 
 def test_another_dtype_is_checked_as_cast(theirs, tmp_path, capsys):
@@ -100,6 +132,9 @@ def test_another_dtype_is_checked_as_cast(theirs, tmp_path, capsys):
     (("--source={theirs}", "--out=y", "--to=torch"), "--to"),
     (("--source={theirs}", "--out=y", "--check_tokens=0"), "--check_tokens=0"),
     (("--source={theirs}", "--out=y", "--step=3"), "--step=3"),
+    (("--source={theirs}", "--out=y", "--kind=llama"), "--kind=llama"),
+    (("--source={theirs}", "--out=y", "--to=hf", "--kind=xlstm"), "kind is 'xlstm'; a Transf"),
+    (("--source={theirs}", "--out=y", "--to=hf", "--vocab_multiple=8"), "--vocab_multiple=8"),
 ])
 def test_errors(theirs, tmp_path, monkeypatch, capsys, args, message):
     monkeypatch.chdir(tmp_path)

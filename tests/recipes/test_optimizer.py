@@ -55,6 +55,17 @@ def test_sides_joins_heads_with_their_width():
     assert sides(("head_dim",)) == [(0,)]
 
 
+def test_of_a_recurrent_layer_no_bias_scale_or_convolution_decays():
+    model = zoo.build(tiny.config("xlstm-mixed-tiny"), stacked=True, abstract=True)
+    axes = zoo.protocol.axes(model)
+    mixers = [block["mixer"] for block in axes["stack"]["blocks"].values()]
+    decayed = {path for mixer in mixers for path, axes in by_path(mixer).items() if decays(axes)}
+    assert decayed == {
+        *(f"{name}/kernel" for name in ("up", "gate", "query", "key", "value", "out", "cell_input",
+                                        "input_gate", "forget_gate", "output_gate")),
+        "cell/recurrent"}
+
+
 def test_experts_are_a_batch_of_matrices_and_the_routers_outputs():
     axes, params = make("qwen1.5-moe-a2.7b", stacked=True)
     mlp = axes["stack"]["blocks"]["0"]["mlp"]

@@ -14,9 +14,12 @@ import pytest
 import layers.attention
 import sharding
 import zoo
-from layers.mlstm import MLstm
+from layers.attention import Attention
+from layers.mlstm import MLstm, PreUpMLstm
+from layers.rnn import SLstm
 from layers.stack import to_stacked
 from pallas_kernels.mlstm import mlstm
+from pallas_kernels.rnn import CELLS, rnn
 from tests import tiny
 from tests.tolerances import assert_close
 from zoo import protocol
@@ -64,9 +67,12 @@ NUM_PARAMS = {
     "gemma3-12b": 12_187_325_040 - 416_866_032 - 1152 * (3840 + 1),
     "gemma3-27b": 27_432_406_640 - 416_866_032 - 1152 * (5376 + 1),
     "xlstm-7b": 6_865_424_896,
+    "paratranscnn": 245_468_937,
 }
 # What their names round.
-ABOUT = {"xlstm-tiny": 3e6, "xlstm-165m": 1.65e8, "xlstm-1.3b": 1.3e9, "xlstm-2.7b": 2.7e9}
+ABOUT = {"xlstm-tiny": 3e6, "xlstm-165m": 1.65e8, "xlstm-1.3b": 1.3e9, "xlstm-2.7b": 2.7e9,
+         "xlstm-mixed-tiny": 1.5e6, "lstm-tiny": 2e6, "gru-tiny": 2e6,
+         "paratranscnn-tiny": 4e6, "paratranscnn-small": 2.8e7}
 
 # Softmax does not see what is added to all scores of a query, as a key's bias does without rope.
 NO_GRADIENT = {"gpt2": {"stack/blocks/0/mixer/key/bias"}}
@@ -187,6 +193,43 @@ def test_packed_documents_equal_documents_alone(name):
     alone = run(tokens=np.concatenate([tokens, np.roll(tokens, -5, axis=1)]))
     assert_close(packed[:, :5], alone[:1, :5])
     assert_close(packed[:, 5:9], alone[1:, :4])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
+def test_filled_up_vocabulary(tied):
+    """41 tokens in 48 rows on eight devices: logits, loss and gradients are those of 41 rows on
+    one, and what is behind them, here far from zero, gets a gradient of exactly zero."""
+    plain = tiny.model(tiny.config("gpt2", vocab_size=41, num_layers=1, tie_embeddings=tied))
+    batch = tiny.batch(41)
+
+    def run(model, mesh):
+        definition, params = protocol.split(model)
+        params = jax.device_put(params, protocol.shardings(
+            mesh, sharding.ambient_rules(), protocol.axes(model), params))
+
+        def loss(params):
+            model = protocol.merge(definition, params)
+            output = model(batch)
+            total, weight, metrics = model.loss(output, batch["labels"], batch["weights"],
+                                                z_loss=1e-2)
+            return total / weight, (output.logits, metrics)
+
+        values, gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return flat(params), values, flat(jax.device_get(gradients))
+
+    rules = sharding.rules("fsdp_tp")
+    one, eight = sharding.mesh("data:1", jax.devices()[:1]), sharding.mesh(tiny.MESH)
+    with sharding.use(one, rules):
+        _, *expected = run(plain, one)
+    with sharding.use(eight, rules):
+        params, values, gradients = run(tiny.filled_up(plain, 16), eight)
+    for path, axis in {"embed/table": 0, **({} if tied else {"head": 1})}.items():
+        assert params[path].shape[axis] == 48
+        assert params[path].addressable_shards[0].data.shape[axis] == 24
+        gradients[path], rest = np.split(gradients[path], [41], axis)
+        assert not rest.any()
+    assert values[1][0].shape[-1] == 41
+    assert_close([values, gradients], expected)
 
 
 def test_capped_logits_and_scaled_embeddings():
@@ -328,18 +371,32 @@ def dot_flops(jaxpr, times=1) -> int:
     return total
 
 
-def recurrence_flops(mixer, batch, length) -> tuple[int, int]:
-    """Those of the matrix products in an mLSTM's op, forward and in a training step."""
-    def rows(*sizes):
-        return jax.ShapeDtypeStruct((batch, length, mixer.num_heads, *sizes), jnp.float32)
+def recurrence_flops(mixer, width, batch, length) -> tuple[int, int, int]:
+    """Those of a recurrent op: of a token as the formula has it; and of the op's matrix products,
+    forward and in a training step."""
+    h = mixer.num_heads
 
-    operands = (rows(mixer.key_dim), rows(mixer.key_dim), rows(mixer.value_dim), rows(), rows())
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    if isinstance(mixer, (MLstm, PreUpMLstm)):
+        k, v = ((mixer.key_dim, mixer.value_dim) if isinstance(mixer, MLstm)
+                else (mixer.head_dim, mixer.head_dim))
+        op, plain = mlstm, 4 * h * k * (v + 1)
+        operands = [array(batch, length, h, *sizes) for sizes in ((k,), (k,), (v,), (), ())]
+    else:
+        cell, d = ("slstm", width // h) if isinstance(mixer, SLstm) else (
+            mixer.cell, mixer.head_dim)
+        gates = CELLS[cell].gates
+        op, plain = functools.partial(rnn, cell=cell), 2 * gates * h * d * d
+        operands = [array(batch, length, gates, h, d), array(gates, h, d, d),
+                    array(CELLS[cell].biases, h, d)]
 
     def total(*operands):
-        return jnp.sum(mlstm(*operands)[0])
+        return jnp.sum(op(*operands)[0])
 
-    return tuple(dot_flops(jax.make_jaxpr(f)(*operands).jaxpr)
-                 for f in (total, jax.grad(total, argnums=range(5))))
+    return plain, *(dot_flops(jax.make_jaxpr(f)(*operands).jaxpr)
+                    for f in (total, jax.grad(total, argnums=range(len(operands)))))
 
 
 @FORMS
@@ -347,8 +404,8 @@ def recurrence_flops(mixer, batch, length) -> tuple[int, int]:
 def test_flop_formula(name, stacked):
     """Against the matrix products that are traced. There attention fills its whole square, of
     which the formula counts what lies under the diagonal and inside the window, and its backward
-    pass makes the scores again, which the formula does not count. An mLSTM's kernel works in
-    chunks; the formula counts the plain recurrence."""
+    pass makes the scores again, which the formula does not count. A recurrent kernel works in
+    chunks or makes its products again; the formula counts the plain recurrence."""
     config, batch, length = tiny.config(name, num_layers=3), 2, 16
     model = zoo.build(config, stacked=stacked, abstract=True)
     definition, params = protocol.split(model)
@@ -366,9 +423,8 @@ def test_flop_formula(name, stacked):
     unseen = again = 0.0
     for layer in range(config.num_layers):
         mixer = config.mixers()[layer % len(config.mixers())]
-        if isinstance(mixer, MLstm):
-            plain = 4 * mixer.num_heads * mixer.key_dim * (mixer.value_dim + 1)
-            once, trained = recurrence_flops(mixer, batch, length)
+        if not isinstance(mixer, Attention):
+            plain, once, trained = recurrence_flops(mixer, config.width, batch, length)
             unseen += once / (batch * length) - plain
             again += (trained - 3 * once) / (batch * length)
             continue

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from zoo.convert.safetensors import Tensor
 from zoo.convert.table import ConversionError, Rule
 
 _LOG = logging.getLogger(__name__)
@@ -51,6 +52,16 @@ class Settings:
     def fill(self, **defaults: Any) -> None:
         """Values of keys that are absent."""
         self._values = {**defaults, **self._values}
+
+    def flatten(self, *keys: str) -> None:
+        """What these objects hold gets keys with dots, too, as ``rope.theta``; names that begin
+        with _, which a dataclass computes, are left out."""
+        left = [(key, self._values[key]) for key in keys]
+        for key, value in left:
+            if isinstance(value, dict):
+                left.extend((f"{key}.{name}", child) for name, child in value.items()
+                            if not name.startswith("_"))
+        self._values = {**self._values, **dict(left)}
 
     def note(self, text: str) -> None:
         """Something that the user should know."""
@@ -107,9 +118,20 @@ class Settings:
         """A list, or None."""
         return self._get(key, None, (list,), "a list")
 
-    def mapping(self, key: str) -> Mapping[str, Any] | None:
+    def wholes(self, key: str, count: int) -> list[int]:
+        """Integers from 0 to below `count`: of a list, or all for "all", or none."""
+        needed = f"a list of integers from 0 to {count - 1}, or 'all'"
+        found = self._get(key, [], (list, str), needed)
+        if found == "all":
+            return list(range(count))
+        if isinstance(found, str) or not all(type(i) is int and 0 <= i < count for i in found):
+            raise ConversionError(f"{self._where} has {key} = {_short(found)}; it must be {needed}")
+        return found
+
+    def mapping(self, key: str, default: Any = None, null: Any = None
+                ) -> Mapping[str, Any] | None:
         """An object, or None."""
-        return self._get(key, None, (dict,), "an object")
+        return self._get(key, default, (dict,), "an object", null)
 
 
 def _short(value: Any) -> str:
@@ -132,6 +154,10 @@ class Family:
       variants: other beginnings of keys, as {"model.": "language_model.model."}.
       ignored: patterns of keys that hold nothing to convert.
       kept: keys of a config.json that our config does not hold and that come along.
+      infer: the keys of a config.json by a checkpoint's tensors, where its authors write none.
+      known_by: whether a config.json without a model_type, and the tensors beside it, are of this
+        kind; None: it has one. What is written has then the keys of `write` and `kept` alone, for
+        readers that refuse others.
     """
 
     model_type: str
@@ -145,6 +171,13 @@ class Family:
     variants: tuple[Mapping[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    infer: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
+    known_by: Callable[[Mapping[str, Any], Mapping[str, Tensor]], bool] | None = None
+
+    @property
+    def in_transformers(self) -> bool:
+        """Whether the library transformers has its class."""
+        return self.infer is None and self.known_by is None
 
     def config(self, values: Mapping[str, Any], where: str) -> Any:
         """Our config of a config.json; logs what is not understood of it."""
@@ -187,6 +220,8 @@ class Family:
         if ours != theirs:
             key, mine, other = next(_differences(ours, theirs))
             raise Unsupported(key, mine, repr(other))
+        if self.known_by is not None:
+            return found
         return {"model_type": self.model_type, "architectures": [self.architecture], **found}
 
     def rules_for(self, keys) -> tuple[Rule, ...]:

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 def load(directory: str | os.PathLike, mesh=None, rules=None, dtype=None,
          stacked: bool | None = None, remat: str = "none",
-         progress: Callable[[int], None] | None = None):
+         progress: Callable[[int], None] | None = None, vocab_multiple: int | None = None):
     """The model in a directory, one of `zoo.save` or one of Hugging Face's.
 
     Each process reads the byte ranges that its devices hold, tensor by tensor.
@@ -35,6 +35,8 @@ def load(directory: str | os.PathLike, mesh=None, rules=None, dtype=None,
       dtype: of the parameters, float32 or bfloat16; None: bfloat16 where all are stored so, else
         float32.
       progress: called with the bytes of each tensor read.
+      vocab_multiple: of a model of Hugging Face's, to what the token table and the head are filled
+        up; see `zoo.decoder.DecoderConfig`. What `zoo.save` wrote has its own.
 
     Returns:
       The model, as of `zoo.build`.
@@ -43,19 +45,19 @@ def load(directory: str | os.PathLike, mesh=None, rules=None, dtype=None,
       ValueError: a directory that is damaged, unknown or does not match its config; with its
         tensors, all problems at once.
     """
-    with open_source(directory) as source:
+    with open_source(directory, vocab_multiple=vocab_multiple) as source:
         if dtype is None:
             dtype = np.float32 if source.dtype == np.float16 else source.dtype
         return _load(source, mesh, rules, dtype, stacked, remat, progress or (lambda count: None))
 
 
 def from_hf(directory: str | os.PathLike, mesh=None, rules=None, dtype=None,
-            stacked: bool | None = None, remat: str = "none"):
+            stacked: bool | None = None, remat: str = "none", vocab_multiple: int | None = None):
     """The model in a directory of Hugging Face's; otherwise as `load`."""
     folder = Path(directory).expanduser()
     if is_native(folder):
         raise ValueError(f"{folder} is not of Hugging Face but of zoo.save; use zoo.load")
-    return load(folder, mesh, rules, dtype, stacked, remat)
+    return load(folder, mesh, rules, dtype, stacked, remat, vocab_multiple=vocab_multiple)
 
 
 def _load(source: Source, mesh, rules, dtype, stacked, remat, progress):
@@ -79,7 +81,7 @@ def _load(source: Source, mesh, rules, dtype, stacked, remat, progress):
             progress(part.nbytes)
             return part
 
-        return _leaf(read, pieces, 1 if listed else 0, like)
+        return place(read, pieces, 1 if listed else 0, like)
 
     # While one tensor is read another goes to its devices; more at a time would take more memory.
     # Several processes must call jitted functions in one order.
@@ -94,8 +96,11 @@ def _load(source: Source, mesh, rules, dtype, stacked, remat, progress):
 Read = Callable[[Piece, tuple[slice, ...]], np.ndarray]
 
 
-def _leaf(read: Read, pieces: list[Piece], skip: int, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """A parameter from its pieces, whose index along its leading axes is ``at[skip:]``."""
+def place(read: Read, pieces: list[Piece], skip: int, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A parameter with the type and layout of `like` from its pieces.
+
+    A piece's index along the parameter's leading axes is ``at[skip:]``.
+    """
     if len(pieces) == 1 and not pieces[0].at[skip:]:
         leaf = _put(read, pieces[0], like.sharding)
         if leaf.dtype == like.dtype:

@@ -1,7 +1,9 @@
 """Models into directories: our own, and those that Hugging Face's libraries load as they are."""
 
+import dataclasses
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from zoo.convert.source import (
     Source,
     choose_family,
     is_native,
+    is_statistic,
     parameter_shapes,
+    period,
+    read_values,
+    unpadded,
 )
 from zoo.convert.table import Piece, Table, all_finite, cast, tensor_blocks
 
@@ -49,14 +55,18 @@ def save(model, folder: str | os.PathLike, dtype=None, like: str | os.PathLike |
     write_native(folder, model.config, _from_model(model), _dtype(model, dtype), like)
 
 
-def to_hf(model, folder: str | os.PathLike, dtype=None, like: str | os.PathLike | None = None
-          ) -> None:
-    """Writes a model to a new directory that transformers' ``from_pretrained`` loads.
+def to_hf(model, folder: str | os.PathLike, dtype=None, like: str | os.PathLike | None = None,
+          kind: str | None = None) -> None:
+    """Writes a model to a new directory that transformers' ``from_pretrained`` loads, or the code
+    of its authors where transformers has none.
 
-    Args and errors are those of `save`; also ValueError for a config that no model of Hugging
-    Face's can have, with the reason of each.
+    Args and errors are those of `save`, and:
+      kind: of which model_type, where several can hold the model, such as "xlstm_lm_cuda"; None:
+        that of `like`, or the first that can.
+
+    Also ValueError for a config that no one else's model can have, with the reason of each.
     """
-    write_hf(folder, model.config, _from_model(model), _dtype(model, dtype), like)
+    write_hf(folder, model.config, _from_model(model), _dtype(model, dtype), like, kind=kind)
 
 
 # A part of a parameter, perhaps in parts along its first axis.
@@ -81,43 +91,69 @@ def write_native(folder, config: Any, get: Get, dtype: np.dtype, like=None,
 
 
 def write_hf(folder, config: Any, get: Get, dtype: np.dtype, like=None,
-             progress: Callable[[int], None] | None = None) -> None:
+             progress: Callable[[int], None] | None = None, kind: str | None = None) -> None:
     """See `to_hf`; ``get(piece)`` gives a part of a parameter."""
     like = None if like is None else Path(like).expanduser()
     theirs = _theirs(like)
-    family = choose_family(config, theirs.get("model_type"))
-    table = Table(family.rules, parameter_shapes(config), len(config.mixers()))
+    family = choose_family(config, theirs.get("model_type"), kind)
+    shapes = parameter_shapes(config)
+    table = Table(family.rules, shapes, period(shapes), unpadded=unpadded(config))
     table.check_complete()
-    # Without null, transformers takes its classes' defaults for ids that nobody knows.
-    kept = {key: theirs[key] for key in (*_KEPT, *family.kept) if key in theirs} if theirs else (
-        dict.fromkeys(key for key in _KEPT if key.endswith("_id")))
+    settings = family.settings(config)
+    for key in family.kept:
+        _bring_along(settings, theirs, key.split("."))
+    if family.known_by is None:
+        # Without null, transformers takes its classes' defaults for ids that nobody knows.
+        kept = {key: theirs[key] for key in _KEPT if key in theirs} if theirs else (
+            dict.fromkeys(key for key in _KEPT if key.endswith("_id")))
+        settings = {**kept, **settings, "torch_dtype": np.dtype(dtype).name}
     with directory.create(folder) as part:
-        directory.write_json(part / "config.json", {
-            **kept, **family.settings(config), "torch_dtype": np.dtype(dtype).name})
+        directory.write_json(part / "config.json", settings)
         if like is not None:
             directory.carry(like, part)
         _write(part, table, get, dtype, progress, {"format": "pt"}, folder)
 
 
+def _bring_along(settings: dict[str, Any], theirs: Mapping[str, Any], path: list[str]) -> None:
+    """Takes what stands under a path in their settings into the new ones, where they have the
+    objects around it and nothing there."""
+    name, *rest = path
+    if rest and isinstance(settings.get(name), dict) and isinstance(theirs.get(name), dict):
+        _bring_along(settings[name], theirs[name], rest)
+    elif not rest and name in theirs:
+        settings.setdefault(name, theirs[name])
+
+
+def write_tensors(model, folder: str | os.PathLike, table: Table, dtype=None) -> None:
+    """Writes the part of a model that a table has to a new directory, without a config.json."""
+    table.check_complete()
+    with directory.create(folder) as part:
+        _write(part, table, _from_model(model), _dtype(model, dtype), None, {"format": "pt"},
+               folder)
+
+
 def _theirs(like: Path | None) -> dict[str, Any]:
-    """The config.json of Hugging Face's that a directory has or came with."""
+    """The config.json of Hugging Face's that a directory has or came with, with a model_type."""
     if like is None or not (like / "config.json").is_file():
         return {}
     if not is_native(like):
-        return directory.read_json(like / "config.json")
+        return read_values(like)
     return directory.read_json(like / THEIRS) if (like / THEIRS).is_file() else {}
 
 
 def _write(part: Path, table: Table, get: Get, dtype, progress, metadata, folder) -> None:
     bad: dict[str, None] = {}
 
+    def stored(key: str) -> np.dtype:
+        return np.dtype(np.float32) if is_statistic(table.tensors[key][1]) else dtype
+
     def produce(key: str) -> Iterator[np.ndarray]:
-        for block in tensor_blocks(table.tensors[key][1], get, dtype):
+        for block in tensor_blocks(table.tensors[key][1], get, stored(key)):
             if not all_finite(block):
                 bad[key] = None
             yield block
 
-    tensors = {key: (dtype, shape) for key, (shape, _) in table.tensors.items()}
+    tensors = {key: (stored(key), shape) for key, (shape, _) in table.tensors.items()}
     safetensors.write(part, tensors, produce, metadata=metadata, progress=progress)
     if bad:
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
@@ -171,12 +207,37 @@ def compare(one: Source, other: Source, dtype: np.dtype,
     `dtype`: to which the numbers were cast on the way.
     """
     finer = max((one, other), key=lambda source: len(source.table.tensors))
-    return _compare(finer, from_source(one), from_source(other), dtype, progress)
+    return _compare(finer, *(_relocated(from_source(source), source.config, finer.config)
+                             for source in (one, other)), dtype, progress)
 
 
 def compare_with_model(model, target: Source, dtype: np.dtype | None) -> Iterator[tuple[str, str]]:
     """The same of a model and a directory that it was written to."""
-    return _compare(target, _from_model(model), from_source(target), _dtype(model, dtype), None)
+    return _compare(target, _relocated(_from_model(model), model.config, target.config),
+                    from_source(target), _dtype(model, dtype), None)
+
+
+def _relocated(get: Get, config: Any, asked: Any) -> Get:
+    """`get` of a model of `config` for pieces of `asked`, the same one with its layers in groups of
+    another length."""
+    if config == asked or config.kind != "language":
+        return get
+    (period, groups), (theirs, their_groups) = (
+        (len(c.mixers()), c.num_layers // len(c.mixers())) for c in (config, asked))
+
+    def relocated(piece: Piece) -> Iterable[np.ndarray]:
+        found = re.fullmatch(r"stack/(blocks|tail)/(\d+)/(.*)", piece.path)
+        if found is None:
+            return get(piece)
+        group, at = their_groups, piece.at
+        if found[1] == "blocks":
+            group, *at = at
+        group, index = divmod(group * theirs + int(found[2]), period)
+        kind, lead = ("blocks", (group,)) if group < groups else ("tail", ())
+        return get(dataclasses.replace(
+            piece, path=f"stack/{kind}/{index}/{found[3]}", at=(*lead, *at)))
+
+    return relocated
 
 
 def _compare(finer, one: Get, other: Get, dtype, progress) -> Iterator[tuple[str, str]]:

@@ -1,9 +1,10 @@
 """A directory with a model's config and weights, ours or Hugging Face's, opened and checked."""
 
+import contextlib
 import dataclasses
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,19 +14,27 @@ import numpy as np
 from zoo import protocol, registry
 from zoo.convert import directory
 from zoo.convert.family import Family
-from zoo.convert.safetensors import Weights
-from zoo.convert.table import DTYPES, ConversionError, Table
+from zoo.convert.safetensors import Tensor, Weights
+from zoo.convert.table import DTYPES, ConversionError, Piece, Table
 
 FORMAT, FORMAT_VERSION = "parazoo", 1
-# Modules with FAMILIES, each the tables of one of our model families.
-_TABLES = ("zoo.convert.transformer", "zoo.convert.xlstm")
+# Modules with FAMILIES, the tables of each of our model families; none where no one else publishes
+# weights of it.
+TABLES: Mapping[str, tuple[str, ...]] = {
+    "transformer": ("zoo.convert.transformer",),
+    "xlstm": ("zoo.convert.xlstm", "zoo.convert.xlstm_lm"),
+    "rnn": (),
+    "paratranscnn": ("zoo.convert.paratranscnn",),
+}
 # Beside our own config.json: the one that the weights came with, for the way back.
 THEIRS = "huggingface_config.json"
 
 
-def families() -> list[Family]:
-    """All kinds of checkpoints that there are tables for, in the order an export tries them."""
-    return [family for name in _TABLES for family in importlib.import_module(name).FAMILIES]
+def families(name: str | None = None) -> list[Family]:
+    """All kinds of checkpoints that there are tables for, or those of one of our model families, in
+    the order an export tries them."""
+    modules = [m for ours, found in TABLES.items() if name in (None, ours) for m in found]
+    return [family for module in modules for family in importlib.import_module(module).FAMILIES]
 
 
 def parameter_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -65,19 +74,59 @@ class Source:
     @property
     def dtype(self) -> np.dtype:
         """That of all weights: bfloat16, float16, or float32, also where they differ."""
-        kinds = {self.weights[key].dtype for key in self.table.tensors} - {DTYPES[0]}
+        kinds = {self.weights[key].dtype for key, (_, pieces) in self.table.tensors.items()
+                 if not is_statistic(pieces)} - {DTYPES[0]}
         return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
 def is_native(folder: Path) -> bool:
     """Whether a directory was written by `zoo.save`, going by its config.json."""
-    return directory.read_json(folder / "config.json").get("format") == FORMAT
+    return read_values(folder).get("format") == FORMAT
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """A directory's config.json; where there is none, what its tensors tell of it."""
+    path = folder / "config.json"
+    values = directory.read_json(path) if os.path.lexists(path) else None
+    if values is not None and ("format" in values or values.get("model_type") is not None):
+        return values
+    with _weights(folder) as weights:
+        for family in families():
+            if values is None:
+                if family.infer is not None and family.probe in weights:
+                    return {"model_type": family.model_type, **family.infer(weights)}
+            elif family.known_by is not None and family.known_by(values, weights):
+                return {**values, "model_type": family.model_type}
+    return directory.read_json(path) if values is None else values
+
+
+@contextlib.contextmanager
+def _weights(folder: Path) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors of a directory, none where it has no file of them."""
+    if not any(folder.glob("*.safetensors")):
+        yield {}
+        return
+    weights = Weights(folder)
+    try:
+        yield weights
+    finally:
+        weights.close()
+
+
+def is_statistic(pieces: Sequence[Piece]) -> bool:
+    """Whether a tensor holds running statistics, which stay float32."""
+    return pieces[0].path.startswith(f"{protocol.STATISTICS}/")
+
+
+def period(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Of the stack's pattern, by the paths of the parameters; 0 without one."""
+    return len({path.split("/")[2] for path in shapes if path.startswith("stack/blocks/")})
 
 
 def load_config(folder: str | os.PathLike) -> Any:
     """The config of the model in a directory, ours or Hugging Face's; see `open_source`."""
     folder = Path(folder).expanduser()
-    return _config(folder, directory.read_json(folder / "config.json"))[0]
+    return _config(folder, read_values(folder))[0]
 
 
 def _config(folder: Path, values: Mapping[str, Any]) -> tuple[Any, Family | None]:
@@ -107,12 +156,14 @@ def _check_version(where: Path, values: Mapping[str, Any]) -> None:
             f"parazoo reads {FORMAT_VERSION}: install the one that wrote it")
 
 
-def open_source(folder: str | os.PathLike, verify: bool = True) -> Source:
+def open_source(folder: str | os.PathLike, verify: bool = True,
+                vocab_multiple: int | None = None) -> Source:
     """Opens a directory of ours or of Hugging Face's and checks it, before a weight is read.
 
     Args:
       folder: holds config.json and *.safetensors.
       verify: compares our own files with the checksums that were written beside them.
+      vocab_multiple: the config's, of a model of Hugging Face's; None: 1. Ours have their own.
 
     Raises:
       ValueError: whatever is wrong with it; with its tensors, all problems at once.
@@ -120,11 +171,13 @@ def open_source(folder: str | os.PathLike, verify: bool = True) -> Source:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"{folder} is no directory; give one with config.json and *.safetensors")
-    values = directory.read_json(folder / "config.json")
+    values = read_values(folder)
     if verify and values.get("format") == FORMAT:
         _check_version(folder / "config.json", values)
         directory.verify(folder)
     config, family = _config(folder, values)
+    if vocab_multiple is not None:
+        config = _filled_up(folder, config, family, vocab_multiple)
     weights = Weights(folder)
     try:
         _check_counts(folder / "config.json", config, weights, stacked=family is None)
@@ -132,13 +185,29 @@ def open_source(folder: str | os.PathLike, verify: bool = True) -> Source:
         if family is None:
             table, ignored = Table.identity(shapes), ()
         else:
-            table = Table(family.rules_for(weights), shapes, len(config.mixers()), weights)
+            table = Table(family.rules_for(weights), shapes, period(shapes), weights,
+                          unpadded(config))
             ignored = (*family.ignored, *_tied(family, config, weights, folder))
         table.check(weights, folder, ignored)
     except BaseException:
         weights.close()
         raise
     return Source(folder, config, weights, table, family)
+
+
+def unpadded(config: Any) -> dict[str, int]:
+    """What `Table` wants to know: a checkpoint's tensors have the vocabulary's tokens alone."""
+    return {"v": config.vocab_size} if config.kind == "language" else {}
+
+
+def _filled_up(folder: Path, config: Any, family: Family | None, vocab_multiple: int) -> Any:
+    """The config with a `vocab_multiple`."""
+    found = registry.override(config, {"vocab_multiple": vocab_multiple})
+    if family is None and found != config:
+        raise ValueError(f"{folder} was saved with vocab_multiple={config.vocab_multiple}, not "
+                         f"{vocab_multiple}; give its own, or convert it to Hugging Face's form "
+                         "first")
+    return found
 
 
 def _check_counts(where: Path, config: Any, weights: Weights, stacked: bool) -> None:
@@ -170,16 +239,29 @@ def _tied(family: Family, config: Any, weights: Weights, folder: Path) -> tuple[
     return (head.replace(".", r"\."),)
 
 
-def choose_family(config: Any, model_type: str | None = None) -> Family:
+def choose_family(config: Any, model_type: str | None = None, kind: str | None = None) -> Family:
     """The kind of checkpoint that a config can be written as.
 
-    `model_type` is tried first. Raises ConversionError with what keeps each one from it.
+    `model_type` is tried first; with a `kind` it alone is. Raises ConversionError with what keeps
+    each one from it.
     """
+    name = next((name for name, (_, cls) in registry.FAMILIES.items()
+                 if cls == type(config).__name__), None)
+    known = families(name)
+    if not known:
+        raise ConversionError(f"no one else has a format for a {type(config).__name__}; write it "
+                              "in our own, with zoo.save or --to=native")
+    if kind is not None:
+        known = [family for family in known if family.model_type == kind]
+        if not known:
+            raise ConversionError(f"kind is {kind!r}; a {type(config).__name__}'s is one of "
+                                  + ", ".join(family.model_type for family in families(name)))
     reasons = []
-    for family in sorted(families(), key=lambda family: family.model_type != model_type):
+    for family in sorted(known, key=lambda family: family.model_type != model_type):
         try:
             family.settings(config)
             return family
         except ConversionError as error:
             reasons.append(f"{family.model_type}: {error}")
-    raise ConversionError("no model of Hugging Face's has this config:\n  " + "\n  ".join(reasons))
+    raise ConversionError("no model of others has this config, so it cannot be written as theirs "
+                          "(zoo.save writes any):\n  " + "\n  ".join(reasons))

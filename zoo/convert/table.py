@@ -12,7 +12,7 @@ import itertools
 import re
 import string
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import ml_dtypes
@@ -42,12 +42,18 @@ class Rule:
       axes: ``"(h k) d -> d h k"``: the tensor's axes and the parameter's, a letter each. A group
         is one axis that the parameter has as several.
       axis: see `ours`.
+      pad: letters of axes of which the tensor has the beginning alone: the parameter goes on with
+        zeros. How much the tensor has, `Table` is told.
+      beside: a parameter that the block must have, too, where blocks of several kinds name theirs
+        alike.
     """
 
     theirs: str
     ours: str | tuple[str, ...]
     axes: str
     axis: int = 0
+    pad: str = ""
+    beside: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +66,9 @@ class Piece:
       at: the part's index along the parameter's leading axes, as (layer group, expert).
       groups: the letters of each of the tensor's axes.
       order: the letters of the parameter's axes after those of `at`.
-      sizes: of the letters.
+      sizes: of the letters, as the tensor has them.
       axis, offset: where the part begins in the tensor, along which axis.
+      padded: sizes in the parameter of letters that go on with zeros there.
     """
 
     key: str
@@ -72,11 +79,12 @@ class Piece:
     sizes: Mapping[str, int]
     axis: int
     offset: int
+    padded: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the part, as the parameter has it."""
-        return tuple(self.sizes[letter] for letter in self.order)
+        return tuple(self.padded.get(letter, self.sizes[letter]) for letter in self.order)
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -87,11 +95,13 @@ class Piece:
     def read(self, weights: Weights, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The part, or a box of it, in the parameter's order: a view, not contiguous.
 
-        Only the bytes that hold it are read.
+        Only the bytes that hold it are read. Where it goes on with zeros it is a copy.
         """
-        box = dict.fromkeys(self.order, slice(None)) if index is None else dict(
-            zip(self.order, index, strict=True))
-        box = {c: range(*box[c].indices(self.sizes[c])) for c in self.order}
+        index = (slice(None),) * len(self.order) if index is None else index
+        wanted = {c: range(*part.indices(size)) for c, part, size in
+                  zip(self.order, index, self.shape, strict=True)}
+        box = {c: range(min(r.start, self.sizes[c]), min(r.stop, self.sizes[c]))
+               for c, r in wanted.items()}
         ranges, inner = [], []
         for axis, group in enumerate(self.groups):
             stride = int(np.prod([self.sizes[c] for c in group[1:]], dtype=np.int64))
@@ -105,12 +115,26 @@ class Piece:
                  for group in self.groups for i, c in enumerate(group)]
         array = weights.read(self.key, tuple(ranges)).reshape(shape)[tuple(inner)]
         letters = list(itertools.chain.from_iterable(self.groups))
+        array = _extended(array, [len(wanted[c]) for c in letters])
         return array.transpose([letters.index(c) for c in self.order])
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """The part as the tensor has it: a view where the axes allow one."""
         letters = list(itertools.chain.from_iterable(self.groups))
+        array = array[tuple(slice(self.sizes[c] if c in self.padded else None)
+                            for c in self.order)]
         return array.transpose([self.order.index(c) for c in letters])
+
+
+def _extended(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """The array, and zeros behind it up to `shape`."""
+    if array.shape == tuple(shape):
+        return array
+    whole = np.zeros(shape, array.dtype)
+    # numpy moves custom types one by one.
+    plain = f"u{array.itemsize}"
+    whole.view(plain)[tuple(map(slice, array.shape))] = array.view(plain)
+    return whole
 
 
 def _parse(text: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
@@ -158,12 +182,14 @@ class Table:
     """
 
     def __init__(self, rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]], period: int,
-                 keys: Iterable[str] | None = None):
+                 keys: Iterable[str] | None = None, unpadded: Mapping[str, int] | None = None):
         """Args:
-          rules: where several give one parameter, the first whose tensor is among `keys` holds.
+          rules: where several give one parameter, the first whose tensor is among `keys` holds, and
+            of several for one tensor the first that has parameters to give.
           shapes: of all parameters, by path in the stacked layout.
           period: of the stack's pattern.
           keys: of the checkpoint; None: of one to be written, where a parameter's first rule holds.
+          unpadded: sizes in tensors of the letters that rules pad.
         """
         places = _places(shapes, period)
         known = None if keys is None else set(keys)
@@ -172,8 +198,8 @@ class Table:
         done: set[tuple[str, tuple[int, ...]]] = set()
         late: list[tuple[str, list[Piece]]] = []
         for rule in rules:
-            for key, pieces in self._apply(rule, places):
-                if any((p.path, p.at) in done for p in pieces):
+            for key, pieces in self._apply(rule, places, shapes, unpadded or {}):
+                if key in self.tensors or any((p.path, p.at) in done for p in pieces):
                     continue
                 if known is not None and key not in known:
                     late.append((key, pieces))
@@ -236,7 +262,7 @@ class Table:
             done.add((piece.path, piece.at))
 
     @staticmethod
-    def _apply(rule: Rule, places) -> Iterator[tuple[str, list[Piece]]]:
+    def _apply(rule: Rule, places, shapes, unpadded) -> Iterator[tuple[str, list[Piece]]]:
         """(key, pieces) for each tensor that a rule stands for."""
         groups, order = _parse(rule.axes)
         layered = "{l}" in rule.theirs
@@ -246,10 +272,15 @@ class Table:
         if not all(columns):
             return
         for row in zip(*columns, strict=True):
+            if rule.beside and row[0].path.removesuffix(ours[0]) + rule.beside not in shapes:
+                continue
             if any(len(place.shape) != len(order) for place in row):
                 raise ConversionError(f"the rule of {rule.theirs!r} has {rule.axes!r}, and the "
                                       f"parameter {row[0].path!r} the shape {row[0].shape}")
             sizes = [dict(zip(order, place.shape, strict=True)) for place in row]
+            padded = [{c: size[c] for c in rule.pad} for size in sizes]
+            for size in sizes:
+                size.update((c, unpadded[c]) for c in rule.pad)
             indices = itertools.product(*(range(sizes[0][c]) for c in letters))
             for index in indices:
                 named = dict(zip(letters, index, strict=True))
@@ -259,12 +290,13 @@ class Table:
                         place.first + g * place.period if m[1] == "l" else named[m[1]]),
                         rule.theirs)
                     pieces, offset = [], 0
-                    for place, size in zip(row, sizes, strict=True):
+                    for place, size, larger in zip(row, sizes, padded, strict=True):
                         kept = tuple(c for c in order if c not in letters)
                         # Letters in a key index the parameter's leading axes, in its order.
                         at = ((g,) if place.lead else ()) + tuple(
                             named[c] for c in order if c in letters)
-                        piece = Piece(key, place.path, at, groups, kept, size, rule.axis, offset)
+                        piece = Piece(key, place.path, at, groups, kept, size, rule.axis, offset,
+                                      larger)
                         pieces.append(piece)
                         offset += piece.extent[rule.axis] if groups else 0
                     yield key, pieces

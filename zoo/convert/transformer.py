@@ -27,7 +27,7 @@ def _in_layer(*rules: tuple[str, str, str]) -> tuple[Rule, ...]:
 
 
 _ATTENTION = (
-    Rule("model.embed_tokens.weight", "embed/table", "v d -> v d"),
+    Rule("model.embed_tokens.weight", "embed/table", "v d -> v d", pad="v"),
     *_in_layer(
         ("input_layernorm.weight", "mixer_norm/scale", "d -> d"),
         ("self_attn.q_proj.weight", "mixer/query/kernel", "(h k) d -> d h k"),
@@ -42,7 +42,7 @@ _ATTENTION = (
         ("self_attn.k_norm.weight", "mixer/key_norm/scale", "k -> k"),
     ),
     Rule("model.norm.weight", "norm/scale", "d -> d"),
-    Rule("lm_head.weight", "head", "v d -> d v"),
+    Rule("lm_head.weight", "head", "v d -> d v", pad="v"),
 )
 _NORMS = _in_layer(("post_attention_layernorm.weight", "mlp_norm/scale", "d -> d"))
 _MLP = _in_layer(
@@ -80,7 +80,7 @@ _H = "transformer.h.{l}."
 _QKV = ("mixer/query/", "mixer/key/", "mixer/value/")
 # GPT-2 stores its matrices inputs first, and the three of attention as one.
 _GPT2 = (
-    Rule("transformer.wte.weight", "embed/table", "v d -> v d"),
+    Rule("transformer.wte.weight", "embed/table", "v d -> v d", pad="v"),
     Rule("transformer.wpe.weight", "positions/table", "t d -> t d"),
     Rule(_H + "ln_1.weight", "mixer_norm/scale", "d -> d"),
     Rule(_H + "ln_1.bias", "mixer_norm/bias", "d -> d"),
@@ -96,7 +96,7 @@ _GPT2 = (
     Rule(_H + "mlp.c_proj.bias", "mlp/down/bias", "d -> d"),
     Rule("transformer.ln_f.weight", "norm/scale", "d -> d"),
     Rule("transformer.ln_f.bias", "norm/bias", "d -> d"),
-    Rule("lm_head.weight", "head", "v d -> d v"),
+    Rule("lm_head.weight", "head", "v d -> d v", pad="v"),
 )
 
 # --- config.json -----------------------------------------------------------------------------
@@ -502,7 +502,8 @@ def _comparable(config: Transformer) -> Transformer:
     mlp = config.mlp
     if isinstance(mlp, Moe):
         mlp = dataclasses.replace(mlp, balance_loss=0.0, z_loss=0.0)
-    return dataclasses.replace(config, mlp=mlp, dropout=0.0, attention=scaled(config.attention),
+    return dataclasses.replace(config, mlp=mlp, dropout=0.0, vocab_multiple=1,
+                               attention=scaled(config.attention),
                                local=scaled(config.local))
 
 

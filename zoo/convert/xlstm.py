@@ -23,7 +23,7 @@ def _in_layer(*rules: tuple[str, Any, str]) -> tuple[Rule, ...]:
 
 
 _XLSTM = (
-    Rule("backbone.embeddings.weight", "embed/table", "v d -> v d"),
+    Rule("backbone.embeddings.weight", "embed/table", "v d -> v d", pad="v"),
     *_in_layer(
         ("norm_mlstm.weight", "mixer_norm/scale", "d -> d"),
         ("mlstm_layer.q.weight", "mixer/query/kernel", "(h k) d -> d h k"),
@@ -51,7 +51,7 @@ _XLSTM = (
         ("ffn.proj_up_gate_z.weight", ("mlp/gate/kernel", "mlp/up/kernel"), "f d -> d f"),
     ),
     Rule("backbone.out_norm.weight", "norm/scale", "d -> d"),
-    Rule("lm_head.weight", "head", "v d -> d v"),
+    Rule("lm_head.weight", "head", "v d -> d v", pad="v"),
 )
 
 # How they compute it: which kernels, in what pieces and types.
@@ -106,6 +106,8 @@ def _either(c: Settings, key: str, other: str) -> int:
 
 def _dict(config: XLstm) -> dict[str, Any]:
     m, width, layers = config.mlstm, config.width, config.num_layers
+    if not isinstance(m, MLstm):
+        raise Unsupported("mlstm", type(m).__name__, "MLstm")
     return {
         "vocab_size": config.vocab_size, "hidden_size": width, "embedding_dim": width,
         "num_hidden_layers": layers, "num_blocks": layers, "num_heads": m.num_heads,
@@ -126,7 +128,7 @@ def _factor(size: int, width: int) -> float:
 
 def _comparable(config: XLstm) -> XLstm:
     """The config without what a config.json does not say."""
-    return dataclasses.replace(config, dropout=0.0, max_length=_MAX_LENGTH)
+    return dataclasses.replace(config, dropout=0.0, max_length=_MAX_LENGTH, vocab_multiple=1)
 
 
 FAMILIES = (

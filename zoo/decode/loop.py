@@ -24,6 +24,7 @@ from zoo.decode import sampling, stop
 from zoo.decode.drafter import Drafter, Plain
 from zoo.decode.tree import accept
 from zoo.protocol import Rows, merge, split
+from zoo.registry import check_kind
 
 # Prompt tokens taken in at a time, and the least capacity: both are powers of two, so that
 # requests of many lengths share an executable.
@@ -279,6 +280,7 @@ class _Run:
     def __init__(self, model, tokens, max_new_tokens, *, valid=None, stop_strings=(),
                  token_bytes=None, max_len=None, drafter=None, drafter_params=(), **settings):
         config = model.config
+        check_kind(config, "language")
         self.definition, self.params = split(model)
         _check_mesh(self.params)
         _check_settings(settings)

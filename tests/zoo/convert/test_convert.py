@@ -15,9 +15,9 @@ import sharding
 import zoo
 from tests import tiny
 from tests.tiny import assert_same, flat
-from zoo import convert, protocol
+from zoo import convert, protocol, registry
 from zoo.convert import directory, saving, table
-from zoo.convert.source import choose_family, open_source
+from zoo.convert.source import TABLES, choose_family, open_source
 
 # One of each table and each of its options.
 NAMES = ("llama-tiny", "qwen2.5-0.5b", "qwen3-8b", "mistral-7b", "gemma2-2b", "gemma3-1b",
@@ -76,6 +76,40 @@ def test_round_trips_are_bitwise(name, tmp_path):
     assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "multiple"), [("llama-tiny", 8), ("gpt2", 8), ("gpt2", 100)])
+def test_a_filled_up_vocabulary_there_and_back(name, multiple, dtype, tmp_path):
+    """41 tokens in 48 or 100 rows, of which the last device of two has some or none. Zeros are
+    behind them, and theirs has neither."""
+    model = tiny_model(name, vocab_size=41, tie_embeddings=name == "gpt2")
+    convert.to_hf(model, tmp_path / "theirs", dtype=dtype)
+    mesh = sharding.mesh(tiny.MESH)
+    found = convert.from_hf(tmp_path / "theirs", mesh=mesh, rules="fsdp_tp",
+                            vocab_multiple=multiple)
+    rows = {8: 48, 100: 100}[multiple]
+    wanted = {path: x.astype(dtype) for path, x in flat(model).items()}
+    wanted["embed/table"] = np.pad(wanted["embed/table"], ((0, rows - 41), (0, 0)))
+    if name != "gpt2":
+        wanted["head"] = np.pad(wanted["head"], ((0, 0), (0, rows - 41)))
+    params = flat(found)
+    assert params.keys() == wanted.keys()
+    assert all(np.array_equal(params[path], wanted[path]) for path in wanted)
+    table = protocol.split(found)[1]["embed"]["table"]
+    assert table.addressable_shards[0].data.shape[0] == rows // 2
+    convert.save(found, tmp_path / "ours")
+    again = convert.load(tmp_path / "ours")
+    assert_same(found, again)
+    assert convert.load_config(tmp_path / "ours").vocab_multiple == multiple
+    convert.to_hf(again, tmp_path / "back")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+    assert_same(again, convert.load(tmp_path / "ours", vocab_multiple=multiple))
+    with pytest.raises(ValueError, match=f"was saved with vocab_multiple={multiple}, not 3"):
+        convert.load(tmp_path / "ours", vocab_multiple=3)
+    with pytest.raises(ValueError, match="vocab_multiple is 0; it must be at least 1"):
+        convert.from_hf(tmp_path / "theirs", vocab_multiple=0)
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("name", ["qwen3-8b", "mixtral-8x7b"])
 def test_onto_a_mesh(name, stacked, tmp_path, monkeypatch):
@@ -118,7 +152,27 @@ def test_what_comes_along(theirs, tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", zoo.list())
+def published(name) -> bool:
+    """Whether there is a format of others for a preset's family."""
+    return bool(TABLES[next(family for family, (_, config) in registry.FAMILIES.items()
+                            if config == type(zoo.config(name)).__name__)])
+
+
+def test_every_family_says_whether_others_have_a_format_of_it():
+    assert TABLES.keys() == registry.FAMILIES.keys()
+    assert {name for name, tables in TABLES.items() if not tables} == {"rnn"}
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.list() if not published(name)])
+def test_a_family_that_no_one_else_has(name, tmp_path):
+    """Refused in a line, for every config of it."""
+    with pytest.raises(ValueError, match=r"^no one else has a format for a Recurrent; write it in "
+                                         r"our own, with zoo.save or --to=native$"):
+        convert.to_hf(tiny.model(tiny.config(name)), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.list() if published(name)])
 def test_every_preset_has_a_config_json_that_means_the_same(name):
     config = zoo.config(name)
     family = choose_family(config)

@@ -441,14 +441,16 @@ def test_temporaries_do_not_grow_with_the_cache(stacked):
     assert sizes[4096] - sizes[512] <= (0 if stacked else positions)
 
 
-@pytest.mark.parametrize(("preset", "stacked"), [
-    ("fsdp_tp", False), pytest.param("fsdp_tp", True, marks=pytest.mark.slow),
-    pytest.param("dp", True, marks=pytest.mark.slow)])
-def test_four_devices_give_the_same_tokens(preset, stacked):
-    """T7, greedy and sampled, plain and drafted. The mesh is that of the parameters."""
+@pytest.mark.parametrize(("preset", "stacked", "multiple"), [
+    ("fsdp_tp", False, 48), pytest.param("fsdp_tp", True, 1, marks=pytest.mark.slow),
+    pytest.param("dp", True, 1, marks=pytest.mark.slow)])
+def test_four_devices_give_the_same_tokens(preset, stacked, multiple):
+    """T7, greedy and sampled, plain and drafted. The mesh is that of the parameters. Columns that
+    fill the vocabulary up are never chosen, however large they are."""
     mesh, rules = sharding.mesh("data:2,tensor:2", jax.devices()[:4]), sharding.rules(preset)
-    definition, params = protocol.split(model(stacked=stacked))
-    layout = protocol.shardings(mesh, rules, protocol.axes(model(stacked=stacked)), params)
+    wide = tiny.filled_up(model(stacked=stacked), multiple, stacked)
+    definition, params = protocol.split(wide)
+    layout = protocol.shardings(mesh, rules, protocol.axes(wide), params)
     spread = protocol.merge(definition, jax.device_put(params, layout))
     with sharding.use(mesh, rules):
         for options in ({}, draft(SCRIPTS["bushy"], plain())):

@@ -21,6 +21,8 @@ CONFIGS = {
         "mistral-7b", **{"attention.window": 2, "attention.softcap": 2.0}),
     "learned positions": tiny.config("gpt2"),
     "mlstm": tiny.config("xlstm-7b"),
+    "mlstm and slstm": tiny.config("xlstm-mixed-tiny"),
+    "lstm": tiny.config("lstm-tiny"),
 }
 
 
