@@ -51,11 +51,17 @@ class _Problem:
                               preferred_element_type=self.kind)
         return jnp.split(products, self.matrices.shape[-1] // h.shape[-1], axis=-1)
 
-    def multiply_back(self, d_products):
-        """The transpose of `multiply`, summed."""
-        return jnp.einsum("hbk,hdk->hbd",
-                          jnp.concatenate(d_products, axis=-1).astype(self.matrices.dtype),
-                          self.matrices, preferred_element_type=self.kind)
+    def multiplier_back(self):
+        """The transpose of `multiply`, summed, as a function."""
+        # Transposed once: left in the product, the transposition is done again every step.
+        matrices = lax.optimization_barrier(jnp.swapaxes(self.matrices, 1, 2))
+
+        def multiply(d_products):
+            return jnp.einsum("hbk,hkd->hbd",
+                              jnp.concatenate(d_products, axis=-1).astype(matrices.dtype),
+                              matrices, preferred_element_type=self.kind)
+
+        return multiply
 
 
 def _forward(inputs, recurrent, bias, marks, state, *, cell, save, unroll):
@@ -82,6 +88,8 @@ def _backward(inputs, recurrent, bias, marks, saved, d_h, d_state, *, cell, unro
     products = [jnp.swapaxes(x.reshape(h, t, b, d), 0, 1) for x in problem.multiply(
         jnp.swapaxes(saved[0], 0, 1).reshape(h, t * b, d))]
 
+    multiply_back = problem.multiplier_back()
+
     def visit(d_state, x):
         gates, products, start, d_h, mark = x
         if mark is not None:
@@ -90,7 +98,7 @@ def _backward(inputs, recurrent, bias, marks, saved, d_h, d_state, *, cell, unro
         start = [s.astype(problem.kind) for s in start]
         d_state = d_state[0] + d_h.astype(problem.kind), *d_state[1:]
         d_pre, (d_start, *others) = derivatives(cell, mark, pre, start, d_state)
-        d_start += problem.multiply_back([d_pre[i] for i in cell.products])
+        d_start += multiply_back([d_pre[i] for i in cell.products])
         return left(mark, (d_start, *others)), [x.astype(inputs.dtype) for x in d_pre]
 
     d_h = jnp.transpose(d_h, (1, 2, 0, 3))
