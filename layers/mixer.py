@@ -117,3 +117,10 @@ def refuse_context(context: jax.Array | None, mixer: str) -> None:
     if context is not None:
         raise ValueError(f"{mixer} reads no context; give the decoder's cross-attention another "
                          "mixer, such as attention")
+
+
+def check_at_least_1(owner: str, config: Any, *names: str) -> None:
+    """Raises ValueError for a field of a mixer's config that is less; `owner` is its name there."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{owner}.{name} is {getattr(config, name)}; it must be >= 1")

@@ -27,7 +27,7 @@ from jax import lax
 import sharding
 from layers.conv import CausalConv
 from layers.linear import Linear
-from layers.mixer import Rows, State, refuse_context, rows_at, state
+from layers.mixer import Rows, State, check_at_least_1, refuse_context, rows_at, state
 from pallas_kernels.mlstm import mlstm
 
 EPS = 1e-6  # On the normaliser.
@@ -60,7 +60,7 @@ class MLstm:
     sigmoid_gate: bool = False
 
     def __post_init__(self):
-        _check_at_least_1(self, "num_heads", "key_dim", "value_dim")
+        check_at_least_1("mlstm", self, "num_heads", "key_dim", "value_dim")
         for name, example in (("gate_softcap", 15), ("norm_eps", 1e-6)):
             if not getattr(self, name) > 0:
                 raise ValueError(f"mlstm.{name} is {getattr(self, name)}; it must be positive, "
@@ -106,7 +106,7 @@ class PreUpMLstm:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        _check_at_least_1(self, "num_heads", "head_dim", "taps", "block")
+        check_at_least_1("mlstm", self, "num_heads", "head_dim", "taps", "block")
         if self.head_dim % self.block:
             raise ValueError(f"mlstm.head_dim is {self.head_dim}; it must be a multiple of "
                              f"mlstm.block, {self.block}")
@@ -124,12 +124,6 @@ class PreUpMLstm:
         h, k = self.num_heads, self.head_dim
         projections = 2 * h * k * (3 * width + 3 * self.block + 2 * 3 * h)
         return projections + 4 * h * k * (k + 1)
-
-
-def _check_at_least_1(config, *names) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"mlstm.{name} is {getattr(config, name)}; it must be >= 1")
 
 
 @state

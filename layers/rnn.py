@@ -16,7 +16,7 @@ from jax import lax
 import sharding
 from layers.conv import CausalConv
 from layers.linear import Linear, fan_in_normal
-from layers.mixer import Rows, State, refuse_context, rows_at, state
+from layers.mixer import Rows, State, check_at_least_1, refuse_context, rows_at, state
 from layers.mlstm import SMALL, HeadNorm
 from pallas_kernels import rnn as op
 
@@ -41,7 +41,7 @@ class Rnn:
         if self.cell not in _CLASSICAL:
             raise ValueError(f"rnn.cell is {self.cell!r}; it must be one of "
                              f"{', '.join(_CLASSICAL)}")
-        _check_at_least_1("rnn", self, "num_heads", "head_dim")
+        check_at_least_1("rnn", self, "num_heads", "head_dim")
 
     def build(self, width: int, *, gain: float, depth: float | jax.Array = 0.0, key: jax.Array,
               dtype) -> "RnnMixer":
@@ -72,7 +72,7 @@ class SLstm:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        _check_at_least_1("slstm", self, "num_heads", "taps")
+        check_at_least_1("slstm", self, "num_heads", "taps")
         if not self.norm_eps > 0:
             raise ValueError(f"slstm.norm_eps is {self.norm_eps}; it must be positive, e.g. 1e-5")
 
@@ -88,12 +88,6 @@ class SLstm:
     def flops_per_token(self, width: int, length: int) -> float:
         """Four gates' products with x and with h; the convolution is no matrix product."""
         return 2 * 4 * 2 * width * (width // self.num_heads)
-
-
-def _check_at_least_1(owner, config, *names) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{owner}.{name} is {getattr(config, name)}; it must be >= 1")
 
 
 @state
@@ -175,8 +169,9 @@ class RnnMixer(nnx.Module):
         keys = jax.random.split(key, 3)
 
         def bias(key, shape, dtype):
+            start = jnp.zeros(shape, dtype)
             # An LSTM that remembers at first learns to do so more often.
-            return jnp.zeros(shape, dtype).at[1].set(1.0 if config.cell == "lstm" else 0.0)
+            return start.at[1].set(1.0) if config.cell == "lstm" else start
 
         self.gates = Linear("btd,dghk->btghk", (width, gates, h, d),
                             ("embed", None, "heads", "head_dim"),

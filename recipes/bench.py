@@ -71,7 +71,9 @@ def main() -> None:
     """Runs a suite and prints its table."""
     sizes = {"batch_size": BATCH_SIZE.value, "seq_len": SEQ_LEN.value,
              "train_steps": TRAIN_STEPS.value, "new_tokens": NEW_TOKENS.value,
-             "decode_batches": [int(n) for n in DECODE_BATCHES.value]}
+             "decode_batches": _counts(DECODE_BATCHES)}
+    if ROUNDS.value < 1:
+        raise ValueError(f"--rounds={ROUNDS.value}: it must be at least 1")
     if SUITE.value == "lm":
         result = lm.run(
             model=MODEL.value or DEFAULT_MODEL, overrides=command.settings(SET.value),
@@ -80,7 +82,7 @@ def main() -> None:
         result = xlstm.run(
             model=MODEL.value, overrides=command.settings(SET.value),
             peers=PEER.value != "none", rounds=ROUNDS.value, cells=CELLS.value,
-            lengths=[int(n) for n in LENGTHS.value], **sizes)
+            lengths=_counts(LENGTHS), **sizes)
     elif SUITE.value == "convert":
         result = convert.run(
             model=MODEL.value or DEFAULT_MODEL, overrides=command.settings(SET.value),
@@ -95,6 +97,15 @@ def main() -> None:
         or platform.machine()}
     if OUT.value:
         Path(OUT.value).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _counts(flag: flags.FlagHolder) -> list[int]:
+    """The positive numbers of a list flag."""
+    for text in flag.value:
+        if not text.isdecimal() or not int(text):
+            raise ValueError(f"--{flag.name}={','.join(flag.value)}: {text!r} is no positive "
+                             "number; give some with commas between, or none")
+    return [int(text) for text in flag.value]
 
 
 if __name__ == "__main__":

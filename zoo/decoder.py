@@ -265,6 +265,7 @@ class DecoderLM(nnx.Module):
         `valid` bool [B, T] marks real tokens, in any arrangement. Returns the hidden states
         [B, T, D] and the new state.
         """
+        _check_rows(tokens, state)
         positions = state.length[:, None] + jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
         x, stack = self.stack.prefill(self._embed(tokens, positions), valid, state.stack)
         length = state.length + jnp.sum(valid, axis=1, dtype=jnp.int32)
@@ -272,6 +273,7 @@ class DecoderLM(nnx.Module):
 
     def step(self, tokens: jax.Array, tree: Rows, state: DecoderState) -> Step:
         """Runs a tree of rows int32 [B, N]; the state is read, not changed."""
+        _check_rows(tokens, state)
         positions = state.length[:, None] + tree.depth
         x, scratch = self.stack.step(self._embed(tokens, positions), tree, state.stack)
         hidden = self.norm(x)
@@ -290,5 +292,13 @@ class DecoderLM(nnx.Module):
 
         A request whose count is 0 keeps its state.
         """
+        _check_rows(path, state)
         return DecoderState(state.length + count,
                             self.stack.commit(state.stack, scratch, path, count))
+
+
+def _check_rows(x: jax.Array, state: DecoderState) -> None:
+    if x.ndim != 2 or len(x) != len(state.length):
+        raise ValueError(f"an array {x.shape} and a state of {len(state.length)} requests; it must "
+                         f"be [{len(state.length)}, N], or make the state with init_state of "
+                         "another batch")

@@ -28,7 +28,7 @@ class Recurrent(DecoderConfig):
 
 def _tiny(cell: str) -> Recurrent:
     return Recurrent(
-        vocab_size=264, width=192, num_layers=4, rnn=Rnn(cell, num_heads=3, head_dim=64),
+        vocab_size=264, width=192, num_layers=4, rnn=Rnn(cell, num_heads=4, head_dim=48),
         mlp=Mlp(512), norm=Norm("rms", 1e-6), max_length=2048)
 
 

@@ -34,7 +34,7 @@ class XLstm(DecoderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.blocks or set(self.blocks) > {"m", "s"}:
+        if not self.blocks or set(self.blocks) - {"m", "s"}:
             raise ValueError(f"blocks is {self.blocks!r}; it must be letters m and s, as in 'mms'")
         if ("s" in self.blocks) != (self.slstm is not None):
             raise ValueError(f"blocks is {self.blocks!r} and slstm is {self.slstm}; give an slstm "

@@ -53,8 +53,8 @@ def cross_entropy(
     Args:
       hidden: [B, T, D]; differentiable.
       head: [D, V]; differentiable. Sharded over the vocabulary where `vocab_axis` is given.
-      labels: int32 [B, T], numbers of tokens in the whole vocabulary; ignored where the weight
-        is 0.
+      labels: int32 [B, T], numbers of tokens in the whole vocabulary (of any other number the loss
+        means nothing); ignored where the weight is 0.
       weights: float32 [B, T].
       z_loss: coefficient of the squared log-normaliser.
       label_smoothing: in [0, 1): the part of the target that is spread over the vocabulary.

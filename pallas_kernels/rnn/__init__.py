@@ -75,6 +75,12 @@ def rnn(
         if x is not None and x.shape != shape:
             raise ValueError(f"rnn: {name} {x.shape} must be {shape}, as {cell} and inputs "
                              f"{inputs.shape} say")
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(f"rnn: segment_ids are {segment_ids.dtype}; they must be integers")
+    if state is not None and (not jnp.issubdtype(state.dtype, jnp.floating)
+                              or state.dtype.itemsize < 4):
+        raise ValueError(f"rnn: the state is {state.dtype}; it must be float32, as the recurrence "
+                         "is carried in it")
 
 
 def step(
@@ -102,9 +108,13 @@ def step(
       The new state; h is its first.
 
     Raises:
-      ValueError: an unknown cell.
+      ValueError: an unknown cell, or shapes that do not fit together.
     """
     kind = _find(cell)
+    *rows, g, heads, d = inputs.shape
+    if (g, state.shape) != (kind.gates, (kind.states, *rows, heads, d)):
+        raise ValueError(f"rnn: inputs {inputs.shape} and a state {state.shape} must be [..., "
+                         f"{kind.gates}, H, D] and [{kind.states}, ..., H, D] for {cell}")
     h = state[0].astype(recurrent.dtype)
     products = jnp.einsum("...hd,ghde->g...he", h, recurrent, preferred_element_type=state.dtype)
     by_gate = jnp.moveaxis(inputs.astype(state.dtype), -3, 0)

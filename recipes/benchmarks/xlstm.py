@@ -37,12 +37,13 @@ def run(*, model: str | None, overrides: dict, peers: bool, rounds: int, cells: 
     Raises ValueError for sizes that are none, RuntimeError where results differ.
     """
     calls = [_parse(cell) for cell in cells]
-    if any(length < 1 for length in lengths):
-        raise ValueError(f"--lengths={','.join(map(str, lengths))}: each must be at least 1")
     console = Console()
     if model is None:
         model, overrides = MODEL, {**SIZE, **overrides}
     config = zoo.config(model, **overrides)
+    if not hasattr(config, "mlstm"):
+        raise ValueError(f"--model={model} is no xLSTM, which this suite times; leave it out, or "
+                         "give one, such as xlstm-tiny")
     found = {"suite": "xlstm", "model": model, "rounds": rounds}
     models = lm.run(
         model=model, overrides=overrides, rounds=rounds, new_tokens=new_tokens,
@@ -172,6 +173,10 @@ def _time_lengths(config: Any, lengths: list[int], rounds: int, new_tokens: int,
     console.print(f"A token of training takes xLSTM between {1e3 / max(speeds):.3f} and "
                   f"{1e3 / min(speeds):.3f} ms: at most {found['slowest_over_fastest']:.2f} times "
                   "as long at one length as at another.")
+    sizes = {name: zoo.protocol.num_params(zoo.build(c, abstract=True))
+             for name, c in configs.items()}
+    console.print(f"The xLSTM has {sizes['xlstm'] / 1e6:.1f}M parameters, {TRANSFORMER} "
+                  f"{sizes['transformer'] / 1e6:.1f}M.")
     for job in jobs:
         found[f"{job}_crossover"] = crossover(
             {length: speed["ratio"] for length, speed in found[job].items()})

@@ -245,10 +245,22 @@ def test_gpu_refuses_by_name():
     ({"recurrent": np.zeros((4, 2, 8, 9))}, "recurrent"),
     ({"bias": np.zeros((4, 16))}, "bias"),
     ({"segment_ids": np.zeros((13,), np.int32)}, "segment_ids"),
+    ({"segment_ids": np.zeros((2, 13), np.float32)}, "segment_ids are float32; they must be integ"),
     ({"state": np.zeros((1, 2, 2, 8))}, "state"),
+    ({"state": np.zeros((2, 2, 2, 8), np.int32)}, "the state is int32; it must be float32"),
+    ({"state": jnp.zeros((2, 2, 2, 8), jnp.bfloat16)}, "the state is bfloat16; it must be float32"),
 ])
 def test_operands_must_fit_together(change, message):
     inputs, recurrent, bias, state = operands("lstm")
     made = {"inputs": inputs, "recurrent": recurrent, "bias": bias, "state": state, "cell": "lstm"}
     with pytest.raises(ValueError, match=f"rnn: {message}"):
         rnn.bind(**made | change)
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 2, 8), (2, 2, 2, 8)), ((2, 4, 2, 8), (4, 2, 2, 8)),
+                                    ((2, 4, 2, 8), (2, 3, 2, 8))])
+def test_a_step_refuses_gates_states_and_batches_that_do_not_fit(shapes):
+    _, recurrent, bias, _ = operands("lstm")
+    inputs, state = map(np.zeros, shapes)
+    with pytest.raises(ValueError, match=r"must be \[..., 4, H, D\] and \[2, ..., H, D\] for lstm"):
+        step(inputs, recurrent, bias, state, cell="lstm")

@@ -59,7 +59,10 @@ def test_every_op_counts_its_work():
     (["--op=^toy$", "--dtype=bfloat16"], "no case matches op='^toy$' case='' in bfloat16"),
     (["--suite=xlstm", "--cells=4x512x64"], "--cells has '4x512x64'; it takes batch, length"),
     (["--suite=xlstm", "--cells=0x5x1x4"], "--cells has '0x5x1x4'"),
-    (["--suite=xlstm", "--cells=", "--lengths=8,0"], "--lengths=8,0: each must be at least 1"),
+    (["--suite=xlstm", "--cells=", "--lengths=8,0"], "--lengths=8,0: '0' is no positive number"),
+    (["--suite=lm", "--decode_batches=a"], "--decode_batches=a: 'a' is no positive number"),
+    (["--suite=lm", "--rounds=0"], "--rounds=0: it must be at least 1"),
+    (["--suite=xlstm", "--model=lstm-tiny"], "--model=lstm-tiny is no xLSTM"),
 ])
 def test_errors_are_one_line(flags, message, capsys):
     assert run(*flags) == 2

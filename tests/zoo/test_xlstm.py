@@ -110,6 +110,7 @@ def test_forget_gates_start_by_depth():
 @pytest.mark.parametrize(("overrides", "message"), [
     ({"blocks": ""}, "blocks is ''; it must be letters m and s, as in 'mms'"),
     ({"blocks": "mts"}, "blocks is 'mts'; it must be letters"),
+    ({"blocks": "mx"}, "blocks is 'mx'; it must be letters"),
     ({"slstm": None}, "blocks is 'msm' and slstm is None; give an slstm where"),
     ({"blocks": "m"}, r"blocks is 'm' and slstm is SLstm\(.*; give an slstm where"),
     ({"blocks": "m", "slstm": None}, r"mlp is Mlp\(.*, and no block of 'm' has one; give it"),

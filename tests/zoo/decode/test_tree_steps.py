@@ -179,3 +179,16 @@ def test_rejected_rows_leave_no_trace(machine):
     for b, sequence in enumerate(sequences):
         actual = np.stack([logits[b] for logits in found])
         assert_close(actual, expected[b, len(sequence) - 20 : len(sequence)])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["llama-tiny", "xlstm-mixed-tiny", "lstm-tiny"])
+def test_a_state_of_another_batch_is_refused(name, batch):
+    model = tiny.model(tiny.config(name), stacked=False)
+    state = model.init_state(batch, 8)
+    tokens = np.zeros((2, 4), np.int32)
+    message = f"and a state of {batch} requests; it must be \\[{batch}, N\\]"
+    with pytest.raises(ValueError, match=message):
+        model.prefill(tokens, tokens == 0, state)
+    with pytest.raises(ValueError, match=message):
+        model.step(tokens[:, :1], trees.single(2), state)
