@@ -73,7 +73,7 @@ def main() -> None:
 
 def _convert_run(folder: Path, dtype) -> None:
     """From a workdir, whose checkpoints are read as a whole."""
-    model, _, _ = training.load_model(folder, step=STEP.value)
+    model, _, _ = training.load_model(folder, step=STEP.value, kind=None)
     write = convert.save if TO.value == "native" else _with_kind(convert.to_hf)
     write(model, OUT.value, dtype, like=training.model_files(folder))
     if CHECK.value:

@@ -21,9 +21,10 @@ def place(make: Callable[[np.ndarray], Batch], batch_size: int, layout: NamedSha
     Args:
       make: the given rows (ascending) of the batch.
       batch_size: rows of all processes together.
-      layout: of arrays [batch, time]; an array with fewer dimensions takes its first ones.
+      layout: of an array's first dimensions; one with fewer takes the first of them.
     """
-    held = layout.addressable_devices_indices_map((batch_size, 1)).values()
+    by_row = NamedSharding(layout.mesh, P(*layout.spec[:1]))
+    held = by_row.addressable_devices_indices_map((batch_size,)).values()
     rows = np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in held]))
     local = make(rows)
 

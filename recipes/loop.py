@@ -114,8 +114,8 @@ class _Run:
         self.record = training.describe_run(program, task, batch_size,
                                             source and source.fingerprint)
         self.is_first_process = jax.process_index() == 0
-        self.line = progress.Line(schedule.steps, silent=not self.is_first_process)
-        self.clock = progress.Clock(task.tokens_per_step, task.flops_per_step,
+        self.line = progress.Line(schedule.steps, task.unit, silent=not self.is_first_process)
+        self.clock = progress.Clock(task.unit, task.units_per_step, task.flops_per_step,
                                     progress.peak_flops(program.mesh))
         self.stop_requested = False
         self.profiling = False
@@ -156,8 +156,8 @@ class _Run:
             first, state = 0, self.program.init(given)
             training.save_base(self.folder, self.program, state, self.record)
             if self.source:
-                trained, base = (sum(x.size for x in jax.tree.leaves(state[name]))
-                                 for name in ("params", "base"))
+                trained, base = (sum(x.size for x in jax.tree.leaves(part)) for part in (
+                    zoo.protocol.divide(state["params"])[0], state["base"]))
                 self.line.say(f"starting from the weights in {self.source.directory}; "
                               f"{trained:,} of {trained + base:,} numbers are trained")
         else:
@@ -268,7 +268,7 @@ class _Run:
                 self._loss(params, base, placed, signals))
             if stop:
                 raise _Stopped
-            return float(total), float(weight), {name: float(x) for name, x in stats.items()}
+            return float(total), float(weight), stats
 
         try:
             found = self.task.evaluate(measure, final)
@@ -348,13 +348,14 @@ class _Run:
         batch = self._place(step)
         initial, base = program.begin(fresh)
         inputs = {"params": state["params"], "base": state["base"], "batch": batch}
+        sound = jax.tree.map(lambda x: jnp.nan_to_num(x, posinf=0.0, neginf=0.0), batch)
         found = nonfinite.find(compute, inputs,
-                               {"params": initial, "base": base, "batch": batch},
+                               {"params": initial, "base": base, "batch": sound},
                                program.replicated)
         if found is None:  # Then it is in what the optimizer makes of the gradients.
-            gradients = jax.jit(compute)(**inputs)[3]
+            gradients, statistics = jax.jit(compute)(**inputs)[3:]
             update = training.make_update(program, zoo.protocol.axes(model))
-            inputs = {"gradients": gradients, "state": state}
+            inputs = {"gradients": gradients, "statistics": statistics, "state": state}
             found = nonfinite.find(update, inputs, jax.tree.map(jnp.zeros_like, inputs),
                                    program.replicated)
         return found or "none when computed one by one, so it overflowed within a fused operation"

@@ -1,4 +1,4 @@
-"""AdamW, Lion and Muon from optax, with schedules, and what logical axes say of each parameter."""
+"""AdamW, Lion, Muon and SGD from optax, with schedules, and what axes say of each parameter."""
 
 import dataclasses
 import math
@@ -10,8 +10,8 @@ import optax
 from optax import contrib
 
 # Learning rates that suit small models at batches of thousands of tokens.
-LEARNING_RATES = {"adamw": 1e-3, "lion": 2e-4, "muon": 0.02}
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+LEARNING_RATES = {"adamw": 1e-3, "lion": 2e-4, "muon": 0.02, "sgd": 0.01}
+SCHEDULES = ("cosine", "linear", "poly", "wsd", "constant")
 _WSD_DECAY = 0.2  # Of all steps, the last ones, in which `wsd` falls.
 _HEADS = ("heads", "kv_heads")
 
@@ -21,15 +21,16 @@ class Optimizer:
     """How parameters are updated; `build` makes it an optax transformation.
 
     Attributes:
-      name: adamw (arXiv:1711.05101), lion (arXiv:2302.06675), or muon (arXiv:2502.16982): Muon on
-        the matrices of the blocks, AdamW on all else.
+      name: adamw (arXiv:1711.05101), lion (arXiv:2302.06675), muon (arXiv:2502.16982): Muon on the
+        matrices of the blocks, AdamW on all else; or sgd, with momentum 0.9.
       learning_rate: the peak; None for the optimizer's own default.
       adam_learning_rate: the peak for the parameters that muon leaves to AdamW.
-      schedule: after the warm-up, cosine or linear to 0, wsd (constant, then linear to 0 in the
-        last fifth), or constant.
+      schedule: after the warm-up, cosine, linear or poly (to the power of 0.9) to 0, wsd (constant,
+        then linear to 0 in the last fifth), or constant.
       warmup_steps: steps in which the learning rate climbs from 0 to its peak.
       steps: of the whole run.
-      weight_decay: times the learning rate, on matrices only (see `decays`); with muon on its own.
+      weight_decay: times the learning rate, on matrices only (see `decays`); with muon on its own,
+        with sgd through the momentum, as a part of the gradient.
       grad_clip: gradients of a larger global norm are scaled down to it; None: not.
     """
 
@@ -79,6 +80,9 @@ class Optimizer:
         elif self.name == "lion":
             update = optax.lion(rates, b1=0.9, b2=0.99, weight_decay=self.weight_decay,
                                 mask=decay_mask)
+        elif self.name == "sgd":
+            update = optax.chain(optax.add_decayed_weights(self.weight_decay, decay_mask),
+                                 optax.sgd(rates, momentum=0.9))
         else:
             update = contrib.muon(
                 rates, adam_b1=0.9, adam_b2=0.95,
@@ -98,6 +102,8 @@ def schedule(name: str, peak: float, steps: int, warmup_steps: int) -> optax.Sch
         after = optax.cosine_decay_schedule(peak, rest)
     elif name == "linear":
         after = optax.linear_schedule(peak, 0.0, rest)
+    elif name == "poly":
+        after = optax.polynomial_schedule(peak, 0.0, 0.9, rest)
     elif name == "wsd":
         fall = max(1, round(_WSD_DECAY * steps))
         after = optax.linear_schedule(peak, 0.0, fall, max(0, rest - fall))
@@ -117,14 +123,17 @@ def sides(axes: tuple[str | None, ...]) -> list[tuple[int, ...]]:
     """A parameter's dimensions, inputs before outputs, as those of a matrix would be.
 
     A head's number and its width are one side: ("layers", "embed", "heads", "head_dim") gives
-    [(1,), (2, 3)]. A bias or a scale has one side. Layers, and the experts or the nameless axis
+    [(1,), (2, 3)], and behind a cell's gates ("embed", None, "heads", "head_dim") gives
+    [(0,), (1, 2, 3)]. A bias or a scale has one side. Layers, and the experts or the nameless axis
     that come first, as that of a cell's gates, are a batch of matrices.
     """
     found: list[tuple[int, ...]] = []
     for i, axis in enumerate(axes):
         if axis == "layers" or (axis in ("experts", None) and not found):
             continue
-        if axis == "head_dim" and found and axes[i - 1] in _HEADS:
+        within_head = axis == "head_dim" and found and axes[i - 1] in _HEADS
+        of_gates = axis in _HEADS and len(found) > 1 and axes[i - 1] is None
+        if within_head or of_gates:
             found[-1] = (*found[-1], i)
         else:
             found.append((i,))

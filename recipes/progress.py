@@ -29,8 +29,10 @@ class Clock:
     Evaluations, checkpoints and the first step, which compiles, are left out of the speed.
     """
 
-    def __init__(self, tokens_per_step: int, flops_per_step: float, peak: float | None):
-        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak
+    def __init__(self, unit: str, units_per_step: int, flops_per_step: float, peak: float | None):
+        """`unit` is what is counted, as "tokens"."""
+        self._speed, self._units = f"{unit}_per_second", units_per_step
+        self._flops, self._peak = flops_per_step, peak
         self.began = self._mark = time.monotonic()
         self._steps = self._seconds = 0.0
         self._skips = False
@@ -55,11 +57,11 @@ class Clock:
         self._mark = now
 
     def times(self) -> dict[str, float]:
-        """seconds since the start and, once known, tokens_per_second and mfu."""
+        """seconds since the start and, once known, tokens_per_second (or of what) and mfu."""
         found = {"seconds": time.monotonic() - self.began}
         if self._seconds:
             speed = self._steps / self._seconds
-            found["tokens_per_second"] = speed * self._tokens
+            found[self._speed] = speed * self._units
             if self._peak:
                 found["mfu"] = speed * self._flops / self._peak
         return found
@@ -72,9 +74,9 @@ class Clock:
 class Line:
     """Shows where a run of `steps` steps stands."""
 
-    def __init__(self, steps: int, silent: bool = False):
-        """`silent` is for the processes of a job that leave the showing to another."""
-        self._steps, self._silent, self._live = steps, silent, None
+    def __init__(self, steps: int, unit: str, silent: bool = False):
+        """`unit` is what speed counts; `silent` are a job's processes that leave it to another."""
+        self._steps, self._unit, self._silent, self._live = steps, unit, silent, None
         if not silent and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -94,8 +96,9 @@ class Line:
              remaining: float | None) -> None:
         """Shows how things are after `step` steps."""
         parts = [f"loss {numbers['loss']:.4f}", f"norm {numbers['grad_norm']:.2f}"]
-        if "tokens_per_second" in times:
-            parts.append(f"{times['tokens_per_second']:,.0f} tokens/s")
+        speed = times.get(f"{self._unit}_per_second")
+        if speed is not None:
+            parts.append(f"{speed:,.0f} {self._unit}/s")
         if "mfu" in times:
             parts.append(f"MFU {100 * times['mfu']:.1f}%")
         if remaining is not None:

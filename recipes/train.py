@@ -1,4 +1,4 @@
-"""Trains a model on text or another task, and goes on with a run that was stopped.
+"""Trains a model on text, images or another task, and goes on with a run that was stopped.
 
   python -m recipes.train --model=llama-tiny --data=stdlib --steps=300 --workdir=runs/a
 
@@ -14,6 +14,7 @@ Given weights are trained further with --init_from, all of them or, with --lora_
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import zoo
 from recipes import command, loop, lora, optimizer, processes, training
 from recipes.tasks import Task
 from recipes.tasks.lm import LanguageModel
+from recipes.tasks.segment import Segment
 from recipes.tasks.state_tracking import StateTracking
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parazoo"
@@ -62,17 +64,21 @@ with command.group("Fine-tuning"):
         "of the blocks.")
 
 with command.group("Data"):
-    _TASK = flags.DEFINE_enum("task", "lm", ["lm", "state_tracking"],
+    _TASK = flags.DEFINE_enum("task", None, ["lm", "state_tracking", "segment"],
                               "lm: the next token of text; state_tracking: the parity of random "
                               "bits, learnt at lengths up to --seq_len and evaluated up to eight "
-                              "times that.")
-    _DATA = flags.DEFINE_string("data", "stdlib", "stdlib (the source of Python's standard "
+                              "times that; segment: the class of each pixel of images. Left out, "
+                              "lm, or segment of a model for segmentation.")
+    _DATA = flags.DEFINE_string("data", None, "stdlib (the source of Python's standard "
                                 "library), or files, directories and globs with commas between: "
                                 ".txt and other text, .jsonl, or one .bin of token ids. A single "
-                                "text is cut into documents where paragraphs or lines end.")
+                                "text is cut into documents where paragraphs or lines end. For "
+                                "--task=segment phantoms (CT-like volumes with eight organs). Left "
+                                "out, stdlib, or phantoms.")
     _TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes, or a tokenizer.json; left out, "
                                      "bytes, or with --init_from the one there.")
-    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows of a step, over all devices.")
+    _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows, or images, of a step, over all "
+                                      "devices.")
     _SEQ_LEN = flags.DEFINE_integer("seq_len", 256, "Tokens of a row.")
     _HELDOUT = flags.DEFINE_float("heldout", 0.05, "The part of the documents to hold out, of a "
                                   "single text its end; 0: none, and nothing is evaluated.")
@@ -80,15 +86,16 @@ with command.group("Data"):
 with command.group("Optimization"):
     _STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the whole run.")
     _SEED = flags.DEFINE_integer("seed", 0, "Of parameters, dropout and the order of examples.")
-    _OPTIMIZER = flags.DEFINE_string("optimizer", "adamw", "adamw, lion, or muon (with AdamW for "
-                                     "what is no matrix of a block).")
+    _OPTIMIZER = flags.DEFINE_string("optimizer", "adamw", "adamw, lion, muon (with AdamW for "
+                                     "what is no matrix of a block), or sgd (with momentum).")
     _LEARNING_RATE = flags.DEFINE_float(
         "learning_rate", None, "The peak; left out, "
         + ", ".join(f"{rate} for {name}" for name, rate in optimizer.LEARNING_RATES.items()) + ".")
     _ADAM_LEARNING_RATE = flags.DEFINE_float("adam_learning_rate", 3e-3,
                                              "The peak of muon's AdamW part.")
-    _SCHEDULE = flags.DEFINE_string("schedule", "cosine", "After the warm-up: cosine or linear to "
-                                    "0, wsd (constant, then linear to 0), or constant.")
+    _SCHEDULE = flags.DEFINE_string("schedule", "cosine", "After the warm-up: cosine, linear or "
+                                    "poly (to the power of 0.9) to 0, wsd (constant, then linear "
+                                    "to 0), or constant.")
     _WARMUP = flags.DEFINE_integer("warmup_steps", 50, "Steps up to the peak.")
     _WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "On matrices, times the learning rate.")
     _GRAD_CLIP = flags.DEFINE_float("grad_clip", 1.0, "Largest gradient norm; 0 for any.")
@@ -98,7 +105,7 @@ with command.group("Optimization"):
     _Z_LOSS = flags.DEFINE_float("z_loss", 0.0, "Coefficient of log(Z)^2 in the loss.")
 
 with command.group("Run"):
-    _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics.jsonl and loss.png "
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics.jsonl and pictures "
                                    "go. Needed.")
     _COMPARE = flags.DEFINE_list("compare", [], "Workdirs of other runs, with commas between; the "
                                  "picture shows their results too.")
@@ -156,7 +163,8 @@ def main() -> None:
         seed=_SEED.value, accumulate=_ACCUMULATE.value, dtype=_DTYPE.value,
         compute_dtype=_COMPUTE_DTYPE.value or ("float32" if on_cpu else "bfloat16"),
         ema=_EMA.value or None, remat=_REMAT.value,
-        stacked=None if _STACKED.value == "auto" else _STACKED.value == "true")
+        stacked=None if _STACKED.value == "auto" else _STACKED.value == "true",
+        batch_axes=task.axes)
     if _LORA_RANK.value:
         model = program.model(stacked=True)
         program = dataclasses.replace(program, lora=lora.make(
@@ -166,18 +174,28 @@ def main() -> None:
                [Path(folder) for folder in _COMPARE.value])
 
 
-def _make_task(config: Any, tokenizer: str) -> Task:
-    if _TASK.value == "lm":
+def _make_task(config: Any, tokenizer: str | None) -> Task:
+    name = _TASK.value or ("segment" if config.kind == "segmentation" else "lm")
+    if name == "lm":
         return LanguageModel(
-            config, data=_DATA.value, tokenizer=tokenizer, seq_len=_SEQ_LEN.value,
+            config, data=_DATA.value or "stdlib", tokenizer=tokenizer, seq_len=_SEQ_LEN.value,
             batch_size=_BATCH_SIZE.value, seed=_SEED.value, heldout=_HELDOUT.value,
             z_loss=_Z_LOSS.value, eval_batches=_EVAL_BATCHES.value,
             final_eval_batches=_FINAL_EVAL_BATCHES.value, cache_dir=_CACHE / "corpus")
-    for flag in (_DATA, _TOKENIZER, _HELDOUT, _Z_LOSS, _FINAL_EVAL_BATCHES):
-        if flag.present:
-            raise ValueError(f"--{flag.name} is of --task=lm; leave it out")
+    _refuse((_TOKENIZER, _HELDOUT, _Z_LOSS, _FINAL_EVAL_BATCHES), "--task=lm")
+    if name == "segment":
+        _refuse((_SEQ_LEN, _EVAL_BATCHES), "tasks of sequences")
+        return Segment(config, data=_DATA.value or "phantoms", batch_size=_BATCH_SIZE.value,
+                       seed=_SEED.value)
+    _refuse((_DATA,), "--task=lm and segment")
     return StateTracking(config, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value,
                          seed=_SEED.value, eval_batches=_EVAL_BATCHES.value)
+
+
+def _refuse(given: Iterable[flags.FlagHolder], owner: str) -> None:
+    for flag in given:
+        if flag.present:
+            raise ValueError(f"--{flag.name} is of {owner}; leave it out")
 
 
 def _check_lora_flags() -> None:
@@ -190,8 +208,11 @@ def _check_lora_flags() -> None:
                          "such as --lora_rank=8")
 
 
-def _choose_model() -> tuple[Any, str, training.Source | None]:
-    """The model's config, its tokenizer, and the weights to start from, if any are given."""
+def _choose_model() -> tuple[Any, str | None, training.Source | None]:
+    """The model's config, its tokenizer, and the weights to start from, if any are given.
+
+    A model that takes no text has no tokenizer.
+    """
     settings = command.settings(_SET.value)
     if _INIT_FROM.value is None:
         config = zoo.config(_MODEL.value or "llama-tiny", **settings)
@@ -202,7 +223,7 @@ def _choose_model() -> tuple[Any, str, training.Source | None]:
         raise ValueError(f"--model={_MODEL.value} is another model than the one in "
                          f"{_INIT_FROM.value}; leave --model out")
     tokenizer = _TOKENIZER.value or source.tokenizer
-    if tokenizer is None:
+    if tokenizer is None and config.kind == "language":
         raise ValueError(f"{_INIT_FROM.value} holds no tokenizer.json; give --tokenizer=FILE")
     return config, tokenizer, source
 

@@ -28,8 +28,8 @@ from zoo import checkpoint
 from zoo.convert import directory as directories
 from zoo.registry import check_kind
 
-# (model, batch, key, train) -> (sum, weight, statistics), as a task's `loss`.
-Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array]]]
+# (model, batch, key, train) -> (sum, weight, statistics, running statistics), as a task's `loss`.
+Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array], Mapping[str, Any]]]
 State = dict[str, Any]
 UPDATE = "the update of "  # What `finite_names` says before a parameter's path.
 # Of the state's layout on disk and of what `describe_run` gives.
@@ -55,9 +55,11 @@ class Program:
       remat: what the backward pass keeps; see `zoo.build`.
       stacked: the form of the layers in memory; None: what suits the mesh's devices.
       lora: adapters to train in place of the parameters, or None.
+      batch_axes: logical axes of a batch's arrays, the first ones; others are whole.
 
     What is trained, a state's "params", are the model's parameters or adapters; these stand on
-    parameters that no step changes, a state's "base", which is {} otherwise.
+    parameters that no step changes, a state's "base", which is {} otherwise. With either are the
+    model's running statistics, which a step sets and no gradient reaches.
     """
 
     config: Any
@@ -73,6 +75,7 @@ class Program:
     remat: str = "none"
     stacked: bool | None = None
     lora: Lora | None = None
+    batch_axes: tuple[str | None, ...] = ("batch", "seq")
 
     def __post_init__(self):
         if self.accumulate < 1:
@@ -89,8 +92,8 @@ class Program:
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Of arrays [batch, time]."""
-        return NamedSharding(self.mesh, self.rules.spec("batch", "seq", mesh=self.mesh,
+        """Of arrays whose first dimensions are the `batch_axes`, such as [batch, time]."""
+        return NamedSharding(self.mesh, self.rules.spec(*self.batch_axes, mesh=self.mesh,
                                                         shared=True))
 
     def check_batch(self, batch_size: int) -> None:
@@ -119,19 +122,24 @@ class Program:
         axes = zoo.protocol.axes(model)
         trained, base = params, {}
         if self.lora is not None:
-            trained, base = self.lora.abstract(params, axes, self.mesh, self.rules), params
+            base, statistics = zoo.protocol.divide(params)
+            trained = zoo.protocol.join(
+                self.lora.abstract(params, axes, self.mesh, self.rules), statistics)
         shapes = jax.eval_shape(functools.partial(self._state, self.trained_axes(axes)), trained)
         return {**_place(shapes, trained, self.replicated), "base": base}
 
     def trained_axes(self, axes: Any) -> Any:
         """Logical axes of what is trained, of the model's `axes` (see `zoo.protocol.axes`)."""
-        return axes if self.lora is None else self.lora.axes(axes)
+        if self.lora is None:
+            return axes
+        return zoo.protocol.join(self.lora.axes(axes), zoo.protocol.divide(axes)[1])
 
     def weights(self, params: Any, base: Any) -> Any:
         """The model's parameters, to compute with, of a state's "params" (or "ema") and "base"."""
         if self.lora is None:
             return zoo.protocol.cast(params, self.compute_dtype)
-        return self.lora.adapt(base, params, self.compute_dtype)
+        adapters, statistics = zoo.protocol.divide(params)
+        return zoo.protocol.join(self.lora.adapt(base, adapters, self.compute_dtype), statistics)
 
     def begin(self, params: Any) -> tuple[Any, Any]:
         """What is trained, to begin with, and the base, of a model with `params`."""
@@ -144,11 +152,14 @@ class Program:
             adapters = self.lora.init(self.seed, shapes, axes)
             return adapters if self.stacked else zoo.protocol.to_list(adapters)
 
-        return jax.jit(make, out_shardings=_layout(self.abstract_state()["params"]))(), params
+        layout, _ = zoo.protocol.divide(_layout(self.abstract_state()["params"]))
+        base, statistics = zoo.protocol.divide(params)
+        return zoo.protocol.join(jax.jit(make, out_shardings=layout)(), statistics), base
 
     def _state(self, axes, trained) -> State:
         full = zoo.protocol.cast(trained, jnp.float32)
-        state = {"params": trained, "optimizer": self.optimizer.build(axes).init(full),
+        learned, axes = (zoo.protocol.divide(tree)[0] for tree in (full, axes))
+        state = {"params": trained, "optimizer": self.optimizer.build(axes).init(learned),
                  "step": jnp.zeros((), jnp.int32)}
         if self.ema is not None:
             state["ema"] = jax.tree.map(jnp.copy, full)
@@ -192,7 +203,7 @@ def _place(shapes: Any, params: Any, replicated: NamedSharding) -> Any:
 def finite_names(program: Program) -> list[str]:
     """What the flags in the metrics' "finite" stand for: loss, gradients, what an update makes."""
     state, _ = _divide(program.abstract_state())
-    gradients = _by_parameter({"params": state["params"]})
+    gradients = _by_parameter({"params": zoo.protocol.divide(state["params"])[0]})
     return ["the loss", *(f"the gradient of {path}" for path in gradients),
             *(UPDATE + path for path in _by_parameter(state))]
 
@@ -232,7 +243,8 @@ def make_step(program: Program) -> Callable:
       grad_norm: before clipping.
       learning_rate.
       finite: bool [1 + gradients + updates], see `finite_names`. If any is False the state is left
-        as it was, and because its step then lags behind the batches', so do all later steps.
+        as it was, running statistics too, and because its step then lags behind the batches', so
+        do all later steps.
       stop: whether any process was asked to.
     """
     model = program.model()
@@ -244,11 +256,11 @@ def make_step(program: Program) -> Callable:
     def step(state, batch, signals):
         state, base = _divide(state)
         index, stop = jnp.max(signals[:, 0]), jnp.max(signals[:, 1])
-        loss, weight, stats, gradients = differentiate(
+        loss, weight, stats, gradients, statistics = differentiate(
             state["params"], batch, step_key(program, index), base)
         # A sum of squares is finite where the gradient is, unless it is too large to be clipped.
         squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
-        new = update(gradients, state)
+        new = update(gradients, statistics, state)
         finite = jnp.stack([jnp.isfinite(loss), *map(jnp.isfinite, squares), *all_finite(new)])
         metrics = {
             "loss": loss, **stats, "weight": weight, "grad_norm": jnp.sqrt(sum(squares)),
@@ -259,7 +271,7 @@ def make_step(program: Program) -> Callable:
         if program.optimizer.is_elementwise:
             # Computed twice: to be looked at, and then into the place of the old state. Computed
             # once it would have to be kept in between, and the step took 7% longer.
-            new = jax.lax.cond(good, update, lambda _, old: old, gradients, state)
+            new = jax.lax.cond(good, update, lambda *old: old[-1], gradients, statistics, state)
         else:
             new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
         return {**new, "base": base}, metrics
@@ -272,16 +284,17 @@ def make_step(program: Program) -> Callable:
 
 
 def make_update(program: Program, axes: Any) -> Callable:
-    """``(gradients, state) -> state``, without the base: the optimizer's part of a step.
+    """``(gradients, statistics, state) -> state``, without the base: the end of a step.
 
-    `axes` are the model's logical axes, as of `zoo.protocol.axes`.
+    `axes` are the model's logical axes, as of `zoo.protocol.axes`. `statistics` are the running
+    ones' next values, {} where the model has none; the average of parameters covers them.
     """
-    optimizer = program.optimizer.build(program.trained_axes(axes))
+    optimizer = program.optimizer.build(zoo.protocol.divide(program.trained_axes(axes))[0])
 
-    def update(gradients, state):
-        params = zoo.protocol.cast(state["params"], jnp.float32)
+    def update(gradients, statistics, state):
+        params, _ = zoo.protocol.divide(zoo.protocol.cast(state["params"], jnp.float32))
         updates, memory = optimizer.update(gradients, state["optimizer"], params)
-        params = jax.tree.map(jnp.add, params, updates)
+        params = zoo.protocol.join(jax.tree.map(jnp.add, params, updates), statistics)
         new = {
             "params": jax.tree.map(lambda new, old: new.astype(old.dtype), params,
                                    state["params"]),
@@ -304,28 +317,33 @@ def step_key(program: Program, step: int | jax.Array) -> jax.Array:
 
 
 def make_gradients(program: Program, definition) -> Callable:
-    """``(params, batch, key, base) -> (loss, weight, statistics, gradients)``, batch means.
+    """``(params, batch, key, base) -> (loss, weight, stats, gradients, statistics)``, batch means.
 
-    `params` and `base` are those of a state; the gradients are of `params`. Microbatches add sums
-    of losses, of weights and of gradients, which are divided once: padding may lie in them as
-    unequally as it likes.
+    `params` and `base` are those of a state; the gradients are of what is learned in `params`.
+    Microbatches add sums of losses, of weights and of gradients, which are divided once: padding
+    may lie in them as unequally as it likes. The running statistics' next values are the mean over
+    microbatches, each of which starts from the old ones.
     """
     # Of adapters it is the kernels made with them that are cast.
     kept = jnp.dtype(program.compute_dtype if program.lora is None else jnp.float32)
 
     def sums(params, base, batch, key):
-        def total(params):
-            model = zoo.protocol.merge(definition, program.weights(params, base))
-            loss, weight, stats = program.loss(model, batch, key, True)
-            return loss, (weight, stats)
+        learned, old = zoo.protocol.divide(params)
 
-        (loss, (weight, stats)), gradients = jax.value_and_grad(total, has_aux=True)(params)
-        return loss, weight, stats, zoo.protocol.cast(gradients, jnp.float32)
+        def total(learned):
+            params = zoo.protocol.join(learned, old)
+            model = zoo.protocol.merge(definition, program.weights(params, base))
+            loss, weight, stats, new = program.loss(model, batch, key, True)
+            return loss, (weight, stats, new)
+
+        (loss, (weight, stats, new)), gradients = jax.value_and_grad(total, has_aux=True)(learned)
+        return loss, weight, stats, zoo.protocol.cast(gradients, jnp.float32), new
 
     def differentiate(params, batch, key, base=None):
         params = zoo.protocol.cast(params, kept)
         if program.accumulate == 1:
-            loss, weight, stats, gradients = sums(params, base, batch, jax.random.fold_in(key, 0))
+            loss, weight, stats, gradients, statistics = sums(
+                params, base, batch, jax.random.fold_in(key, 0))
         else:
             def add(carry, item):
                 index, part = item
@@ -335,14 +353,18 @@ def make_gradients(program: Program, definition) -> Callable:
             pieces = jax.tree.map(functools.partial(_split, program), batch)
             first = jax.tree.map(lambda x: x[0], pieces)
             shapes = jax.eval_shape(sums, params, base, first, key)
-            zeros = (*jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:3]),
-                     jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params))
-            (loss, weight, stats, gradients), _ = jax.lax.scan(
+            learned, statistics = (
+                jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), tree)
+                for tree in zoo.protocol.divide(params))
+            zeros = (*jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[:3]), learned,
+                     statistics)
+            (loss, weight, stats, gradients, statistics), _ = jax.lax.scan(
                 add, zeros, (jnp.arange(program.accumulate), pieces))
+            statistics = jax.tree.map(lambda x: x / program.accumulate, statistics)
         # A batch without a single label has nothing to say, and says so without a NaN.
         scale = 1.0 / jnp.maximum(weight, 1e-30)
         means = jax.tree.map(lambda x: x * scale, (loss, stats, gradients))
-        return means[0], weight, means[1], means[2]
+        return means[0], weight, means[1], means[2], statistics
 
     return differentiate
 
@@ -353,8 +375,8 @@ def _split(program: Program, x: jax.Array) -> jax.Array:
     Microbatch i takes rows i, i + n, i + 2n, ...: each device splits the rows it holds.
     """
     pieces = jnp.swapaxes(x.reshape(-1, program.accumulate, *x.shape[1:]), 0, 1)
-    return sharding.constrain(pieces, None, "batch", *("seq" for _ in x.shape[1:2]),
-                              *(None for _ in x.shape[2:]))
+    names = program.batch_axes[:x.ndim]
+    return sharding.constrain(pieces, None, *names, *(None for _ in x.shape[len(names):]))
 
 
 def signal_sharding(mesh: Mesh) -> NamedSharding:
@@ -365,14 +387,15 @@ def signal_sharding(mesh: Mesh) -> NamedSharding:
 def make_evaluation(program: Program) -> Callable:
     """The jitted ``evaluate(params, base, batch, signals) -> (sum, weight, statistics, stop)``.
 
-    It is without dropout. `params` is a state's, or its "ema", and `base` is its "base"; `signals`
-    and `stop` are those of `make_step`.
+    It is without dropout, and by the running statistics. `params` is a state's, or its "ema", and
+    `base` is its "base"; `signals` and `stop` are those of `make_step`.
     """
     definition, _ = zoo.protocol.split(program.model())
 
     def evaluate(params, base, batch, signals):
         model = zoo.protocol.merge(definition, program.weights(params, base))
-        return *program.loss(model, batch, None, False), jnp.max(signals[:, 1])
+        total, weight, stats, _ = program.loss(model, batch, None, False)
+        return total, weight, stats, jnp.max(signals[:, 1])
 
     layout = _layout(program.abstract_state())
     return jax.jit(
@@ -477,7 +500,8 @@ def _check_base(folder: Path, meta: Mapping[str, Any], record: Mapping[str, Any]
 def load_model(
     directory: str | os.PathLike, mesh: Mesh | None = None, rules: sharding.Rules | None = None,
     dtype: Any = None, step: int | None = None, stacked: bool | None = None,
-) -> tuple[Any, Tokenizer, dict]:
+    kind: str | None = "language",
+) -> tuple[Any, Tokenizer | None, dict]:
     """A model and its tokenizer, from a training run or from a model's directory.
 
     Args:
@@ -487,30 +511,37 @@ def load_model(
       dtype: to cast the parameters to; None: as they were trained, or are stored.
       step: which checkpoint of a run; None: the newest whole one.
       stacked: the form of the layers in memory; see `zoo.build`.
+      kind: of the model, see `zoo.list`; None: any.
 
     Returns:
-      (model, tokenizer, the checkpoint's meta data, {} of a model's directory).
+      (model, its tokenizer, None of models that take no text, and the checkpoint's meta data, {} of
+      a model's directory).
 
     Raises:
       FileNotFoundError: no such directory, step or checkpoint.
-      ValueError: a damaged checkpoint, another tokenizer than the model was trained with, or none.
+      ValueError: a model of another kind, a damaged checkpoint, another tokenizer than the model
+        was trained with, or none.
     """
     run = find_run(directory)
     if run is None:
         if step is not None:
             raise ValueError(f"step {step}: {directory} holds a model and not a training run, so "
                              "it has no steps; give none")
-        check_kind(zoo.load_config(directory), "language")
+        config = zoo.load_config(directory)
+        check_kind(config, kind or config.kind)
         # The tokenizer first: without one the weights are not worth the wait.
-        tokenizer = load_tokenizer(_find_tokenizer(Path(directory).expanduser()))
+        tokenizer = (load_tokenizer(_find_tokenizer(Path(directory).expanduser()))
+                     if config.kind == "language" else None)
         model = zoo.load(directory, mesh=mesh, rules=rules, dtype=dtype, stacked=stacked)
         return model, tokenizer, {}
     with checkpoint.Checkpointer(run) as checkpointer:
         if step is None:
             step = checkpointer.latest()
         meta = _read_run(run, step)
-        tokenizer = load_tokenizer(_run_tokenizer(run, meta))
-        if tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
+        check_kind(zoo.from_dict(meta["model"]), kind or zoo.from_dict(meta["model"]).kind)
+        name = _run_tokenizer(run, meta)
+        tokenizer = None if name is None else load_tokenizer(name)
+        if tokenizer is not None and tokenizer.fingerprint != meta["tokenizer"]["fingerprint"]:
             files = str(run.absolute().parent / lm.TOKENIZER)
             raise ValueError(f"the tokenizer {files!r} is not the one that {run} was trained "
                              "with; put that one back in its place")
@@ -547,8 +578,10 @@ def _read_run(run: Path, step: int | None) -> dict:
     return meta
 
 
-def _run_tokenizer(run: Path, record: Mapping[str, Any]) -> str:
+def _run_tokenizer(run: Path, record: Mapping[str, Any]) -> str | None:
     """What `recipes.tokenizer.load` takes, of a run: where it lay then may be elsewhere now."""
+    if record["tokenizer"] is None:
+        return None
     name = record["tokenizer"]["name"]
     return name if name == "bytes" else str(run.absolute().parent / lm.TOKENIZER)
 
@@ -557,7 +590,8 @@ def _find_tokenizer(directory: Path) -> str:
     """What `recipes.tokenizer.load` takes, of a model's directory."""
     if (directory / "tokenizer.json").is_file():
         return str(directory)
-    if zoo.load_config(directory).vocab_size == Bytes.vocab_size:
+    config = zoo.load_config(directory)
+    if config.kind == "language" and config.vocab_size == Bytes.vocab_size:
         return "bytes"
     raise ValueError(f"{directory} holds no tokenizer.json; put the model's there (of other files "
                      "transformers' AutoTokenizer makes one: from_pretrained, save_pretrained)")
@@ -580,12 +614,16 @@ def _load_run(checkpointer: checkpoint.Checkpointer, run: Path, step: int, meta:
         arrays = checkpointer.restore({name: stored}, step)[0][name]
     else:
         place = jax.tree.leaves(stored)[0].sharding.mesh
+        learned, statistics = zoo.protocol.divide(stored)
         adapters = lora.abstract(stored, zoo.protocol.axes(whole), place,
                                  sharding.ambient_rules() if rules is None else rules)
-        adapters = checkpointer.restore({name: adapters}, step)[0][name]
-        base = _restore_base(run.absolute().parent, stored, meta)
+        adapters = checkpointer.restore(
+            {name: zoo.protocol.join(adapters, statistics)}, step)[0][name]
+        adapters, statistics = zoo.protocol.divide(adapters)
+        base = _restore_base(run.absolute().parent, learned, meta)
         merge = functools.partial(lora.merge, dtype=kept if dtype is None else dtype)
-        arrays = jax.jit(merge, out_shardings=_layout(stored), donate_argnums=0)(base, adapters)
+        arrays = jax.jit(merge, out_shardings=_layout(learned), donate_argnums=0)(base, adapters)
+        arrays = zoo.protocol.join(arrays, statistics)
     if jax.tree.structure(arrays) != jax.tree.structure(params):
         arrays = _unstack(arrays, _layout(params))
     if dtype is not None:

@@ -6,7 +6,7 @@
       base/             what adapters stand on, if any are trained; see `zoo.checkpoint`
       checkpoints/      see `zoo.checkpoint`
       metrics.jsonl     every number logged
-      loss.png          at the end
+      loss.png          at the end; other tasks draw others
       failure.json      the batch after which something was not finite
 """
 

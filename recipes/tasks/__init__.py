@@ -9,19 +9,23 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 # One global batch -> its (sum of losses, weight, statistics), by the model as it stands.
-Measure = Callable[[Batch], tuple[float, float, dict[str, float]]]
+Measure = Callable[[Batch], tuple[float, float, Mapping[str, np.ndarray]]]
 
 
 class Task(Protocol):
     """What the loop asks of a task.
 
     Attributes:
-      tokens_per_step: what throughput counts.
+      unit: what throughput counts, in the plural, as "tokens".
+      units_per_step: how many a step takes.
       flops_per_step: of forward and backward together, for the MFU.
+      axes: logical axes of the first dimensions of a batch's arrays, as ("batch", "seq").
     """
 
-    tokens_per_step: int
+    unit: str
+    units_per_step: int
     flops_per_step: float
+    axes: tuple[str | None, ...]
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:
         """The given rows of a step's global batch: a pure function of its arguments."""
@@ -30,8 +34,12 @@ class Task(Protocol):
         """Which examples a step's batch holds, in order."""
 
     def loss(self, model: Any, batch: dict[str, jax.Array], key: jax.Array | None, train: bool
-             ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """(sum, weight, statistics as weighted sums). Traced; microbatches add all three."""
+             ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], Mapping[str, Any]]:
+        """(sum, weight, statistics as weighted sums, the model's `Output.statistics`). Traced.
+
+        Microbatches add the first three. Where it does not train the statistics may be anything
+        that `evaluate` then makes use of, arrays too.
+        """
 
     def evaluate(self, measure: Measure, final: bool) -> dict[str, float]:
         """Held-out metrics by name, none where nothing is held out.

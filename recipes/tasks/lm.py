@@ -46,7 +46,7 @@ def make_loss(z_loss: float, accuracy: bool = False) -> Callable:
             for name, (extra, count) in {**output.losses, **output.stats}.items():
                 found[name] = extra / jnp.maximum(count, 1e-30) * weight
             total += sum(found[name] for name in output.losses)
-        return total, weight, found
+        return total, weight, found, output.statistics
 
     return loss
 
@@ -64,6 +64,8 @@ def check_length(config: Any, seq_len: int) -> None:
 
 class LanguageModel:
     """Predicting the next token of documents packed into rows; a `recipes.tasks.Task`."""
+
+    unit, axes = "tokens", ("batch", "seq")
 
     def __init__(self, config: Any, *, data: str = "stdlib", tokenizer: str = "bytes",
                  seq_len: int = 256, batch_size: int = 16, seed: int = 0, heldout: float = 0.05,
@@ -105,8 +107,8 @@ class LanguageModel:
         self._seq_len, self._batch_size = seq_len, batch_size
         self._eval_batches, self._final_eval_batches = eval_batches, final_eval_batches
         self.loss = make_loss(z_loss)
-        self.tokens_per_step = batch_size * seq_len
-        self.flops_per_step = 3 * config.flops_per_token(seq_len) * self.tokens_per_step
+        self.units_per_step = batch_size * seq_len
+        self.flops_per_step = 3 * config.flops_per_token(seq_len) * self.units_per_step
         self._description = {
             "data": {**self._corpus.manifest, "heldout": heldout, "seq_len": seq_len},
             "tokenizer": {"name": tokenizer, "fingerprint": self._tokenizer.fingerprint},

@@ -48,6 +48,8 @@ def strings(seed: int, ids: Sequence[int], width: int, lengths: np.ndarray | Non
 class StateTracking:
     """Parity at every position; a `recipes.tasks.Task`."""
 
+    unit, axes = "tokens", ("batch", "seq")
+
     def __init__(self, config: Any, *, seq_len: int = 40, batch_size: int = 64, seed: int = 0,
                  eval_batches: int = 4):
         """Makes the held-out strings.
@@ -74,8 +76,8 @@ class StateTracking:
         self._ends = [seq_len * n for n in range(1, LENGTHS + 1)
                       if seq_len * n <= config.max_length]
         self.loss = make_loss(0.0, accuracy=True)
-        self.tokens_per_step = batch_size * seq_len
-        self.flops_per_step = 3 * config.flops_per_token(seq_len) * self.tokens_per_step
+        self.units_per_step = batch_size * seq_len
+        self.flops_per_step = 3 * config.flops_per_token(seq_len) * self.units_per_step
 
     def describe(self) -> dict[str, Any]:
         """See `Task`."""

@@ -36,7 +36,7 @@ def make(corpus, **changes) -> LanguageModel:
 def test_loss_is_cross_entropy_with_z_loss_in_training(train):
     model = zoo.build(CONFIG)
     batch = jax.tree.map(jnp.asarray, tiny.batch(40))
-    total, weight, stats = make_loss(0.1)(model, batch, jax.random.key(0), train)
+    total, weight, stats, _ = make_loss(0.1)(model, batch, jax.random.key(0), train)
     logits = model({n: batch[n] for n in ("tokens", "segment_ids", "positions")}).logits
     log_z = jax.nn.logsumexp(logits, -1)
     at_label = jnp.take_along_axis(logits, batch["labels"][..., None], -1)[..., 0]
@@ -65,8 +65,8 @@ class WithAuxiliary:
 def test_auxiliary_losses_are_added_as_means_in_training():
     model = zoo.build(CONFIG)
     batch = jax.tree.map(jnp.asarray, tiny.batch(40))
-    plain, weight, _ = make_loss(0.0)(model, batch, jax.random.key(0), True)
-    total, same, stats = make_loss(0.0)(WithAuxiliary(model), batch, jax.random.key(0), True)
+    plain, weight, _, _ = make_loss(0.0)(model, batch, jax.random.key(0), True)
+    total, same, stats, _ = make_loss(0.0)(WithAuxiliary(model), batch, jax.random.key(0), True)
     balance = batch["tokens"][batch["segment_ids"] > 0].mean()
     assert same == weight
     assert_close(total / weight, plain / weight + balance + 2.0)
@@ -74,7 +74,7 @@ def test_auxiliary_losses_are_added_as_means_in_training():
     assert_close(stats["router_z"] / weight, 2.0)
     assert_close(stats["load"] / weight, 2 * balance)
     assert_close(stats["nats_per_token"], plain)
-    nats, _, stats = make_loss(0.0)(WithAuxiliary(model), batch, None, False)
+    nats, _, stats, _ = make_loss(0.0)(WithAuxiliary(model), batch, None, False)
     assert_close(nats, stats["nats_per_token"])
     assert set(stats) == {"nats_per_token"}
 
@@ -176,7 +176,7 @@ def test_batches_and_ids_go_by_step(corpus):
     whole = task.batch(3, np.arange(4))
     assert_close(task.batch(3, np.array([1, 3])), {n: x[[1, 3]] for n, x in whole.items()})
     assert task.ids(3) == [12, 13, 14, 15]
-    assert task.tokens_per_step == 64
+    assert task.units_per_step == 64
     assert task.flops_per_step == 3 * 64 * CONFIG.flops_per_token(16)
 
 

@@ -122,7 +122,7 @@ def test_a_step_is_the_plain_formula(changes):
 
     def loss(params):
         model = zoo.protocol.merge(definition, p.lora.merge(state["base"], params, jnp.float32))
-        total, weight, _ = p.loss(model, batch, None, True)
+        total, weight, _, _ = p.loss(model, batch, None, True)
         return total / weight
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(state["params"])

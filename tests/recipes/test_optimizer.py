@@ -51,6 +51,7 @@ def test_an_untied_head_decays_but_is_not_for_muon():
 def test_sides_joins_heads_with_their_width():
     assert sides(("layers", "embed", "kv_heads", "head_dim")) == [(1,), (2, 3)]
     assert sides(("heads", "head_dim", "embed")) == [(0, 1), (2,)]
+    assert sides(("layers", "embed", None, "heads", "head_dim")) == [(1,), (2, 3, 4)]
     assert sides(("heads", "head_dim")) == [(0, 1)]
     assert sides(("head_dim",)) == [(0,)]
 
@@ -81,7 +82,8 @@ def test_experts_are_a_batch_of_matrices_and_the_routers_outputs():
 
 
 @pytest.mark.parametrize(("name", "preset"), [
-    ("adamw", "gpt2"), ("adamw", "llama-60m"), ("lion", "llama-60m"), ("muon", "llama-60m")])
+    ("adamw", "gpt2"), ("adamw", "llama-60m"), ("lion", "llama-60m"), ("muon", "llama-60m"),
+    ("sgd", "llama-60m")])
 def test_only_matrices_decay(name, preset):
     axes, params = make(preset, stacked=False)
     update = Optimizer(name, learning_rate=0.5, adam_learning_rate=0.5, schedule="constant",
@@ -161,6 +163,23 @@ def test_schedules_climb_and_fall():
     wsd = np.asarray(schedule("wsd", 1.0, 100, 10)(np.arange(101)))
     assert (wsd[10:80] == 1.0).all() and wsd[90] == pytest.approx(0.5)
     assert schedule("cosine", 1.0, 100, 10)(55) == pytest.approx(0.5)
+    assert schedule("poly", 1.0, 100, 10)(55) == pytest.approx(0.5**0.9)
+
+
+def test_sgd_is_heavy_ball_with_the_decay_in_the_gradient():
+    axes, params = make("llama-60m", stacked=False)
+    update = Optimizer("sgd", learning_rate=0.5, schedule="constant", warmup_steps=0,
+                       weight_decay=0.1, grad_clip=None).build(axes)
+    x, state = jax.tree.map(jnp.ones_like, params), update.init(params)
+    for _ in range(2):
+        updates, state = update.update(jax.tree.map(jnp.ones_like, x), state, x)
+        x = optax.apply_updates(x, updates)
+    for path, found in by_path(x).items():
+        decay = 0.1 if decays(by_path(axes)[path]) else 0.0
+        momentum = 1.0 + decay
+        value = 1.0 - 0.5 * momentum
+        value -= 0.5 * (0.9 * momentum + 1.0 + decay * value)
+        assert_close(found, jnp.full_like(found, value))
 
 
 def test_a_run_shorter_than_its_warm_up_is_all_warm_up():

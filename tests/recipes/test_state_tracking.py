@@ -86,7 +86,7 @@ def test_flags_of_other_tasks_and_runs_that_are_not_there_are_refused(tmp_path, 
             "train", "--task=state_tracking", f"--workdir={tmp_path / 'a'}", *flags])
 
     assert run("--data=stdlib") == 2
-    assert "--data is of --task=lm; leave it out" in capsys.readouterr().err
+    assert "--data is of --task=lm and segment; leave it out" in capsys.readouterr().err
     assert run("--seq_len=16", f"--compare={tmp_path}") == 2
     assert "there is no run in" in capsys.readouterr().err
     assert run("--set=vocab_size=100") == 2

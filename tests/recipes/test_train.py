@@ -236,10 +236,10 @@ def test_non_finite_moments_are_an_update_too():
     state = p.init()
     gradients = jax.tree.map(lambda x: jnp.full(x.shape, 1e30), state["params"])
     update = training.make_update(p, zoo.protocol.axes(p.model()))
-    found = nonfinite.find(update, {"gradients": gradients, "state": state},
-                           jax.tree.map(jnp.zeros_like, {"gradients": gradients, "state": state}))
+    inputs = {"gradients": gradients, "statistics": {}, "state": state}
+    found = nonfinite.find(update, inputs, jax.tree.map(jnp.zeros_like, inputs))
     assert found.startswith("inf in the result of ") and "gradients/embed/table" in found
-    new = update(gradients, state)
+    new = update(gradients, {}, state)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(new["params"]))
     flags = training.all_finite(new)
     assert len(flags) == len(jax.tree.leaves(gradients)) and not any(flags)

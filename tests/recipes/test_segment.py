@@ -1,0 +1,333 @@
+"""Training with running statistics, and the task of segmenting phantoms."""
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import sharding
+import zoo
+from recipes import command, feed, phantoms, train, training
+from recipes.optimizer import Optimizer
+from recipes.tasks import segment
+from recipes.tasks.segment import Segment
+from tests.recipes.test_resume import restore
+from tests.tolerances import EXACT, assert_close
+from zoo.registry import override
+
+NARROW = {"cnn.width": 4, "transformer": None}
+CONFIG = override(zoo.config("paratranscnn-tiny"), NARROW)
+ROWS, SIDE, STEPS, EMA = 4, 32, 4, 0.5
+SPLITS = {"train": 2, "validation": 1, "heldout": 2}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Volumes of 5 slices of 32 x 32 in place of the phantoms."""
+    def load(split):
+        found = []
+        for i in range(SPLITS[split]):
+            rng = np.random.default_rng([i, *split.encode()])
+            labels = np.zeros((5, SIDE, SIDE), np.uint8)
+            for label in range(1, 9):
+                y, x = rng.integers(0, SIDE - 9, 2)
+                labels[:, y:y + label + 2, x:x + 6] = label
+            image = 30.0 * labels - 100 + rng.normal(0, 10, labels.shape)
+            found.append(phantoms.Phantom(image.astype(np.int16), labels))
+        return found
+
+    monkeypatch.setattr(phantoms, "load", load)
+
+
+def program(mesh="data:1", **changes) -> training.Program:
+    """As `run` makes it."""
+    fields = {
+        "config": CONFIG, "mesh": sharding.mesh(mesh), "rules": sharding.rules("fsdp_tp"),
+        "loss": segment.make_loss(1), "optimizer": Optimizer(steps=STEPS), "ema": EMA,
+        "batch_axes": Segment.axes,
+    }
+    return training.Program(**{**fields, **changes})
+
+
+@functools.cache
+def forward():
+    """Jitted (params, images, labels) -> (loss, statistics' next values, parts of the loss)."""
+    definition, _ = zoo.protocol.split(program().model())
+
+    def run(params, images, labels):
+        model = zoo.protocol.merge(definition, params)
+        output = model({"images": images}, None, True)
+        total, weight, parts = model.loss(output, labels)
+        return total / weight, output.statistics, parts
+
+    return jax.jit(run)
+
+
+def initial():
+    return zoo.protocol.split(zoo.build(CONFIG, 0, stacked=False))[1]
+
+
+def examples(rows):
+    return Segment(CONFIG, batch_size=rows).batch(0, np.arange(rows))
+
+
+def run(*flags):
+    text = ",".join(f"{name}={value}" for name, value in NARROW.items())
+    return command.execute(train.main, [
+        "train", "--model=paratranscnn-tiny", f"--set={text}", f"--batch_size={ROWS}",
+        "--mesh=data:1", f"--steps={STEPS}", f"--ema={EMA}", "--log_every=1", "--save_every=1",
+        "--eval_every=2", "--keep_last=9", *flags])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("segment")
+
+
+@pytest.fixture
+def finished(folder):
+    """A run's workdir; it runs but once."""
+    workdir = folder / "run"
+    if not workdir.exists():
+        assert run(f"--workdir={workdir}") == 0
+    return workdir
+
+
+def records(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
+
+
+def test_a_step_sets_the_running_statistics_and_their_average(finished):
+    first, state, batch = initial(), restore(finished, 1), examples(ROWS)
+    loss, statistics, parts = forward()(first, batch["images"], batch["labels"])
+    found = records(finished)[0]["train"]
+    assert_close(found["loss"], loss)
+    assert_close(found["cross_entropy"], parts["nll"] / batch["labels"].size)
+    learned, new = zoo.protocol.divide(state["params"])
+    assert_close(new, statistics)
+    before = zoo.protocol.divide(first)[1]
+    pairs = zip(*map(jax.tree.leaves, (new, before)), strict=True)
+    assert min(np.abs(a - b).max() for a, b in pairs) > 1e-4
+    # The first step's decay is 1 / 10.
+    assert_close(state["ema"], jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, first,
+                                            state["params"]))
+    # Adam keeps two moments, of what is learned alone.
+    assert sum(x.size for x in jax.tree.leaves(state["optimizer"]) if x.ndim) == 2 * sum(
+        x.size for x in jax.tree.leaves(learned))
+
+
+def test_eight_devices_average_the_statistics_of_microbatches():
+    """The loss and the statistics are those of one device, microbatch by microbatch."""
+    p, batch, params = program("data:8", accumulate=2), examples(16), initial()
+    halves = [forward()(params, batch["images"][i::2], batch["labels"][i::2]) for i in range(2)]
+    definition, _ = zoo.protocol.split(p.model())
+    with sharding.use(p.mesh, p.rules):
+        placed = feed.place(lambda r: {n: x[r] for n, x in batch.items()}, 16, p.batch_sharding)
+        assert placed["images"].sharding.shard_shape((16, SIDE, SIDE, 1)) == (2, SIDE, SIDE, 1)
+        loss, weight, _, gradients, statistics = jax.jit(training.make_gradients(p, definition))(
+            jax.device_put(params, p.replicated), placed, jax.random.key(0))
+    assert weight == batch["labels"].size
+    assert gradients.keys() == zoo.protocol.divide(params)[0].keys()
+    (one, first, _), (two, second, _) = halves
+    assert_close(loss, (one + two) / 2)
+    assert_close(statistics, jax.tree.map(lambda a, b: (a + b) / 2, first, second))
+
+
+def test_a_non_finite_step_leaves_the_statistics_as_they_were():
+    p, batch = program(), examples(ROWS)
+    batch["images"][1, 4, 5] = np.inf
+    with sharding.use(p.mesh, p.rules):
+        state = p.init()
+        before = jax.device_get(state)
+        placed = feed.place(lambda r: {n: x[r] for n, x in batch.items()}, ROWS, p.batch_sharding)
+        state, metrics = training.make_step(p)(state, placed, feed.signals(p.mesh, 0, False))
+    assert_close(state, before, EXACT)
+    wrong = [name for name, good in zip(training.finite_names(p), metrics["finite"], strict=True)
+             if not good]
+    assert "the loss" in wrong
+    assert "the update of statistics/cnn/stem/norm/mean" in wrong
+
+
+@pytest.mark.slow
+def test_a_run_names_the_images_that_are_not_finite(tmp_path, capsys, monkeypatch):
+    whole = Segment.batch
+
+    def poisoned(task, step, rows):
+        batch = whole(task, step, rows)
+        batch["images"][0, 3, 3] = np.inf
+        return batch
+
+    monkeypatch.setattr(Segment, "batch", poisoned)
+    assert run(f"--workdir={tmp_path}") == 2
+    error = capsys.readouterr().err
+    assert "of examples 0 to 3" in error and "first non-finite tensor: inf in batch/images" in error
+
+
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(finished, tmp_path, capsys):
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    for step in range(3, STEPS + 1):
+        shutil.rmtree(again / "checkpoints" / f"step_{step:08d}")
+    assert run(f"--workdir={again}") == 0
+    output = capsys.readouterr().out
+    assert "going on after step 2" in output and "images/s" in output
+    assert_close(restore(again, STEPS), restore(finished, STEPS), EXACT)
+    assert records(again) == records(finished)
+    for name in ("dice.png", "overlay.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_evaluates_by_the_running_averages(finished):
+    """Of the final metrics each number is what the model on disk gives."""
+    model, tokenizer, meta = training.load_model(finished, kind="segmentation")
+    assert tokenizer is None and meta["task"] == {"name": "segment"}
+    task = Segment(CONFIG, batch_size=ROWS)
+    definition, params = zoo.protocol.split(model)
+    assert_close(params, restore(finished, STEPS)["ema"], EXACT)
+    loss = jax.jit(lambda params, batch: task.loss(
+        zoo.protocol.merge(definition, params), batch, None, False)[:3])
+
+    def measure(batch):
+        return jax.device_get(loss(params, batch))
+
+    assert_close(task.evaluate(measure, final=True), records(finished)[-1]["final"])
+    with pytest.raises(ValueError, match="ParaTransCnn, which is for segmentation; give one for"):
+        training.load_model(finished)
+
+
+def test_adapters_keep_statistics_of_their_own(finished, tmp_path, capsys):
+    work = tmp_path / "lora"
+    flags = (f"--init_from={finished}", "--lora_rank=2", "--lora_targets=first/conv",
+             f"--workdir={work}", f"--batch_size={ROWS}", "--mesh=data:1", "--steps=1")
+    assert command.execute(train.main, ["train", *flags]) == 0
+    base = restore(finished, STEPS)["ema"]
+    params = zoo.protocol.split(training.load_model(work, kind=None)[0])[1]
+    name = ("decoder", "0", "first", "norm", "mean")
+    moved = [functools.reduce(lambda node, key: node[key], name, tree["statistics"])
+             for tree in (params, base)]
+    assert np.abs(np.asarray(moved[0]) - np.asarray(moved[1])).max() > 1e-6
+    # The head has no adapter.
+    assert_close(params["head"], base["head"], EXACT)
+    assert "numbers are trained" in capsys.readouterr().out
+
+
+# --- the task ------------------------------------------------------------------------------------
+
+
+def scripted(change):
+    """A `Measure` whose prediction is the truth after `change`."""
+    def measure(batch):
+        labels = batch["labels"]
+        weight = float(batch["weights"].sum())
+        return 0.0, weight, {"cross_entropy": np.float32(0.25 * weight),
+                             "prediction": change(labels).astype(np.uint8)}
+
+    return measure
+
+
+@pytest.mark.parametrize("rows", [3, 4, 16])
+def test_perfect_predictions_have_dice_one_whatever_the_batch(rows):
+    task = Segment(CONFIG, batch_size=rows)
+    for final in (False, True):
+        found = task.evaluate(scripted(lambda labels: labels), final)
+        assert found.pop("cross_entropy") == 0.25
+        assert len(found) == 9 and set(found.values()) == {1.0}
+    assert "mean Dice 1.000 of 8 organs in 2 held-out volumes" in task.summarize(found)
+
+
+def test_wrong_predictions_have_their_dice():
+    task = Segment(CONFIG, batch_size=4)
+    found = task.evaluate(scripted(lambda labels: np.where(labels == 5, 6, labels)), True)
+    assert found["dice_liver"] == 0.0 and found["dice_stomach"] == 1.0
+    volumes = phantoms.load("heldout")
+    sizes = np.array([[np.sum(v.labels == c) for c in (5, 6)] for v in volumes])
+    np.testing.assert_allclose(
+        found["dice_pancreas"], np.mean(2 * sizes[:, 1] / (2 * sizes[:, 1] + sizes[:, 0])))
+    np.testing.assert_allclose(found["dice"], (6 + found["dice_pancreas"]) / 8)
+
+
+def test_dice_of_known_masks():
+    truth = np.array([0, 0, 1, 1, 2, 2, 2, 2])
+    guess = np.array([0, 1, 1, 1, 2, 0, 0, 0])
+    np.testing.assert_allclose(segment.dice(truth, guess, 5), [2 / 6, 0.8, 0.4, 1.0, 1.0])
+    np.testing.assert_allclose(segment.dice(truth, np.zeros_like(truth), 3), [0.4, 0.0, 0.0])
+
+
+def test_an_example_depends_on_seed_and_number_alone():
+    whole = Segment(CONFIG, batch_size=4)
+    rows = np.array([1, 3])
+    batch, part = whole.batch(3, np.arange(4)), whole.batch(3, rows)
+    for name, x in batch.items():
+        np.testing.assert_array_equal(x[rows], part[name])
+    assert batch["images"].shape == (4, SIDE, SIDE, 1) and batch["labels"].dtype == np.int32
+    # The same ids, whatever the batch they are in.
+    wide = Segment(CONFIG, batch_size=12).batch(1, np.arange(4))
+    np.testing.assert_array_equal(wide["images"], batch["images"])
+    other = Segment(CONFIG, batch_size=4, seed=1).batch(3, np.arange(4))
+    assert (other["images"] != batch["images"]).any()
+
+
+def test_an_epoch_has_each_slice_once(monkeypatch):
+    monkeypatch.setattr(segment, "augment", lambda image, labels, rng: (image, labels))
+    task = Segment(CONFIG, batch_size=5)
+    images = segment.normalize(np.concatenate([v.image for v in phantoms.load("train")]))
+    orders = []
+    for epoch in range(2):
+        found = np.concatenate([task.batch(2 * epoch + i, np.arange(5))["images"][..., 0]
+                                for i in range(2)])
+        orders.append([int(np.argmax([np.array_equal(x, y) for y in images])) for x in found])
+        assert sorted(orders[-1]) == list(range(10))
+    assert orders[0] != orders[1]
+
+
+def test_augmentation_changes_image_and_labels_alike():
+    labels = np.zeros((SIDE, SIDE), np.uint8)
+    labels[6:14, 9:25] = 3
+    labels[20:26, 8:12] = 5
+    rng, kinds = np.random.default_rng(0), set()
+    for _ in range(60):
+        image, found = segment.augment(labels.astype(np.float32), labels, rng)
+        assert image.shape == found.shape == labels.shape
+        same = np.mean(np.abs(image - found) < 1e-3)
+        exact = sorted(np.bincount(found.ravel(), minlength=9)) == sorted(
+            np.bincount(labels.ravel(), minlength=9))
+        kinds.add("same" if np.array_equal(found, labels) else "right" if exact and same == 1
+                  else "any")
+        assert same > 0.85 and set(np.unique(found)) == {0, 3, 5}
+    assert kinds == {"same", "right", "any"}
+
+
+def test_rotation_is_about_the_middle():
+    rng = np.random.default_rng(0)
+    image, labels = rng.random((9, 9)).astype(np.float32), rng.integers(0, 9, (9, 9))
+    for turns in range(4):
+        turned, found = segment.rotate(image, labels, 90.0 * turns)
+        assert_close(turned, np.rot90(image, turns))
+        np.testing.assert_array_equal(found, np.rot90(labels, turns))
+    turned, found = segment.rotate(np.ones((9, 9), np.float32), np.ones((9, 9), int), 45.0)
+    assert turned[4, 4] == 1 and turned[0, 0] == 0 and found[0, 0] == 0 and found[4, 0] == 1
+
+
+def test_images_are_clipped_to_the_window():
+    np.testing.assert_array_equal(
+        segment.normalize(np.array([-1000, -125, 75, 275, 3000], np.int16)),
+        np.array([0, 0, 0.5, 1, 1], np.float32))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--data=scans"], "data 'scans': segmentation is trained on phantoms"),
+    (["--tokenizer=bytes"], "--tokenizer is of --task=lm; leave it out"),
+    (["--seq_len=64"], "--seq_len is of tasks of sequences; leave it out"),
+    (["--set=num_classes=8"], "num_classes 8: the data has 9 classes"),
+    (["--task=lm"], "ParaTransCnn, which is for segmentation; give one for language"),
+    (["--task=segment", "--model=llama-tiny"], "give one for segmentation"),
+])
+def test_flags_that_do_not_fit_are_refused(flags, words, tmp_path, capsys):
+    assert command.execute(train.main, [
+        "train", "--model=paratranscnn-tiny", f"--workdir={tmp_path / 'a'}", *flags]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
