@@ -100,4 +100,3 @@ class CausalConv(nnx.Module):
     def _last(self, inputs: jax.Array, count: jax.Array) -> jax.Array:
         """Of a state and what follows it, the state after the first `count` that follow."""
         return rows_at(inputs, count[:, None] + jnp.arange(self._before))
-

@@ -79,3 +79,30 @@ def in_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
             if measured:
                 seconds[name].append(found)
     return seconds
+
+
+class TorchTraining:
+    """Training of a PyTorch model by fused AdamW, as it is and compiled: a peer's `train`."""
+
+    MODES = ["eager", "compiled"]
+
+    def __init__(self, torch: Any, make: Callable[[], Any], loss: Callable[[Any], Any],
+                 learning_rate: float):
+        """`make()` gives a model, ``loss(call)`` the loss of one, compiled or not, on the batch."""
+        self.torch, self.loss, self.trained = torch, loss, {}
+        for mode in self.MODES:
+            model = make().train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
+            call = torch.compile(model) if mode == "compiled" else model
+            self.trained[mode] = (model, call, optimizer)
+
+    def __call__(self, mode: str, steps: int) -> float:
+        """The seconds of so many steps."""
+        model, call, optimizer = self.trained[mode]
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.loss(call).backward()
+            self.torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - started

@@ -6,11 +6,11 @@ The first request describes the model; the answer lists the modes it can be time
 import time
 from typing import Any
 
-from recipes.benchmarks.peer import serve
+from recipes.benchmarks.peer import TorchTraining, serve
 
 
 class _Transformers:
-    ready = {"train": ["eager", "compiled"],
+    ready = {"train": TorchTraining.MODES,
              "decode": ["dynamic cache", "static cache, compiled"]}
 
     def __init__(self, setup: dict[str, Any]):
@@ -26,29 +26,14 @@ class _Transformers:
 
         self.model = make().eval()
         shape = (setup["batch_size"], setup["seq_len"])
-        self.batch = torch.randint(0, setup["vocab_size"], shape)
-        self.trained = {}
-        for mode in ("eager", "compiled"):
-            model = make().train()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=setup["learning_rate"],
-                                          fused=True)
-            call = torch.compile(model) if mode == "compiled" else model
-            self.trained[mode] = (model, call, optimizer)
+        batch = torch.randint(0, setup["vocab_size"], shape)
+        self.train = TorchTraining(
+            torch, make, lambda call: call(input_ids=batch, labels=batch, use_cache=False).loss,
+            setup["learning_rate"])
 
     def logits(self, tokens: list[list[int]]) -> list:
         with self.torch.no_grad():
             return self.model(self.torch.tensor(tokens)).logits.tolist()
-
-    def train(self, mode: str, steps: int) -> float:
-        model, call, optimizer = self.trained[mode]
-        started = time.perf_counter()
-        for _ in range(steps):
-            loss = call(input_ids=self.batch, labels=self.batch, use_cache=False).loss
-            loss.backward()
-            self.torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - started
 
     def decode(self, mode: str, batch: int, new_tokens: int) -> float:
         ids = self.torch.arange(1, self.prompt_tokens + 1)[None].repeat(batch, 1)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recipes.benchmarks.peer import serve
+from recipes.benchmarks.peer import TorchTraining, serve
 
 # What their config and the config.json of the same model call alike.
 _SAME = ("embedding_dim", "num_heads", "num_blocks", "vocab_size", "norm_eps", "qk_dim_factor",
@@ -17,7 +17,7 @@ _SAME = ("embedding_dim", "num_heads", "num_blocks", "vocab_size", "norm_eps", "
 
 
 class _XLstm:
-    ready = {"train": ["eager", "compiled"], "decode": ["eager", "compiled"]}
+    ready = {"train": TorchTraining.MODES, "decode": ["eager", "compiled"]}
 
     def __init__(self, setup: dict[str, Any]):
         import torch
@@ -43,30 +43,17 @@ class _XLstm:
         self.model = make("inference").eval()
         self.forward = {"eager": self.model.forward, "compiled": torch.compile(self.model)}
         tokens = torch.randint(0, setup["vocab_size"], (setup["batch_size"], setup["seq_len"] + 1))
-        self.batch, self.labels = tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1)
-        self.trained = {}
-        for mode in ("eager", "compiled"):
-            model = make("train").train()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=setup["learning_rate"],
-                                          fused=True)
-            call = torch.compile(model) if mode == "compiled" else model
-            self.trained[mode] = (model, call, optimizer)
+        batch, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].reshape(-1)
+
+        def loss(call):
+            logits, _ = call(batch)
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels)
+
+        self.train = TorchTraining(torch, lambda: make("train"), loss, setup["learning_rate"])
 
     def logits(self, tokens: list[list[int]]) -> list:
         with self.torch.no_grad():
             return self.model(self.torch.tensor(tokens))[0].tolist()
-
-    def train(self, mode: str, steps: int) -> float:
-        model, call, optimizer = self.trained[mode]
-        started = time.perf_counter()
-        for _ in range(steps):
-            logits, _ = call(self.batch)
-            loss = self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), self.labels)
-            loss.backward()
-            self.torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - started
 
     def decode(self, mode: str, batch: int, new_tokens: int) -> float:
         """As its own `generate`, whose loop this is, but for the prompt: never compiled."""

@@ -25,7 +25,7 @@ BATCH = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "la
 def make_loss(z_loss: float, accuracy: bool = False) -> Callable:
     """A `Task.loss`: the labels' cross-entropy, in training with a z-loss of that coefficient and
     the model's auxiliary losses. The model's statistics are reported with them, and where asked
-    for how often a label is the likeliest token.
+    for how often a label is the likeliest token; in evaluation that is by position, [time].
 
     An auxiliary loss or statistic is a mean of its own. Times the labels' weight it can be added
     to their sum: what the total is divided by in the end, and microbatches, then leave it the mean
@@ -40,8 +40,11 @@ def make_loss(z_loss: float, accuracy: bool = False) -> Callable:
         total, weight, stats = model.loss(output, batch["labels"], batch["weights"],
                                           z_loss=z_loss if train else 0.0)
         found = {"nats_per_token": stats["nll"]}
-        if accuracy:
+        if accuracy and train:
             found["accuracy"] = stats["correct"]
+        elif accuracy:
+            right = jnp.argmax(output.logits, axis=-1) == batch["labels"]
+            found["accuracy"] = jnp.sum(right * batch["weights"], axis=0)
         if train:
             for name, (extra, count) in {**output.losses, **output.stats}.items():
                 found[name] = extra / jnp.maximum(count, 1e-30) * weight
