@@ -40,14 +40,15 @@ def rnn(
     *,
     cell: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """The recurrence that `step` defines, at every position.
+    """The recurrence that `step` defines, at every position (FlashRNN, arXiv:2412.07752).
 
     Padding, segment 0, is as if it were not there: it leaves the state as it is, and its h is 0.
     A position whose segment differs from the last one that is not padding starts from a state of
     zeros; the first of a row continues the state that is given.
 
     Args:
-      inputs: [B, T, G, H, D], the gates' pre-activations but for the recurrence; differentiable.
+      inputs: [B, T, G, H, D] by batch, time, gate, head and width, what the gates read besides the
+        last h; differentiable.
       recurrent: [G, H, D, D] by gate, head, h's element and the gate's; differentiable.
       bias: [Gb, H, D]; differentiable.
       segment_ids: int32 [B, T].
@@ -60,7 +61,8 @@ def rnn(
       flows through the stabilizer m of the results (see `step`).
 
     Raises:
-      ValueError: an unknown cell, or shapes that do not fit together.
+      ValueError: an unknown cell, shapes that do not fit together, segment ids that are no
+        integers, or a state that is not float32.
       NotImplementedError: the named implementation cannot run them.
     """
     kind = _find(cell)
