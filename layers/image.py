@@ -14,21 +14,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import sharding
+from layers.convolution import convolve
 from layers.linear import Linear, fan_in_normal
 from sharding.ambient import PRODUCT
 
 IMAGE = ("batch", "height", None, "channels")
 """The logical axes of an activation."""
-
-
-def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """[B, H, W, C] with an odd kernel [k, k, C, D], zeros around: [B, ceil(H / stride), .., D]."""
-    size = kernel.shape[0]
-    if size == 1:
-        return jnp.einsum("bhwc,cd->bhwd", x[:, ::stride, ::stride], kernel[0, 0])
-    return lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(size // 2, size // 2)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 class Conv(nnx.Module):

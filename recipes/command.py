@@ -1,6 +1,7 @@
 """What every recipe's command line shares: flags in groups, flag files, help, one-line errors."""
 
 import contextlib
+import ctypes
 import difflib
 import dis
 import inspect
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from recipes import processes
@@ -63,9 +65,14 @@ def _flags_of(main: Callable[[], None]) -> Iterator[None]:
         FLAGS.unparse_flags()
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a recipe and exits: what its module ends with, under ``if __name__ == "__main__"``."""
+def run(main: Callable[[], None], computes: bool = False) -> None:
+    """Runs a recipe and exits: what its module ends with, under ``if __name__ == "__main__"``.
+
+    Of one that `computes` step after step the process keeps the memory that it has.
+    """
     try:
+        if computes:
+            _keep_memory()
         code = execute(main, sys.argv)
     except Exception:
         traceback.print_exc()
@@ -73,6 +80,21 @@ def run(main: Callable[[], None]) -> None:
     if code:
         processes.leave(code)
     sys.exit(code)
+
+
+def _keep_memory() -> None:
+    """Has glibc give no memory back, where that is the C library.
+
+    On a CPU each execution takes its temporaries from malloc, which asks the system for large ones
+    and hands them back; all their pages are then touched for the first time again. Kept, a training
+    step of llama-60m takes 0.88 times as long. Only the main thread allocates from what is kept,
+    so that computations have to run on it.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_max = -1, -4  # Their numbers in malloc.h
+        if mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1):
+            jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def execute(main: Callable[[], None], argv: Sequence[str]) -> int:

@@ -170,4 +170,4 @@ def _decode(mesh: jax.sharding.Mesh, rules: sharding.Rules) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, computes=True)

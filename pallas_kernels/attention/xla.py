@@ -67,6 +67,14 @@ class _Tiles:
         return start, end
 
 
+def _even(block: int, length: int) -> int:
+    """A tile's size near `block`, so that the tiles of `length` are filled about alike."""
+    if length <= block or length % block == 0:
+        return min(block, length)
+    size = -(-length // -(-length // block))
+    return -(-size // 8) * 8
+
+
 def _split(x, blocks, size, axis_order):
     """[B, T, ...] as [blocks, B, ...], time padded; `axis_order` of [blocks, B, size, ...]."""
     short = blocks * size - x.shape[1]
@@ -85,7 +93,7 @@ class _Problem:
         s, g = key.shape[1:3]
         self.softcap, self.block_mask = softcap, block_mask
         self.shape, self.groups, self.repeat = (b, t, h, k), g, h // g
-        self.tiles = _Tiles(t, s, min(block_q, t), min(block_k, s), causal, window)
+        self.tiles = _Tiles(t, s, _even(block_q, t), _even(block_k, s), causal, window)
         tiles = self.tiles
         # Scaling the queries costs less than scaling the scores; bfloat16 would round them.
         exact = query.dtype == jnp.float32 or math.frexp(scale)[0] == 0.5

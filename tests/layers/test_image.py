@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import sharding
+from layers.convolution import _CHANNELS, convolve
 from layers.image import BatchNorm, Conv, ConvNorm, PatchEmbed, PatchExpand, SqueezeExcite
 from tests.tolerances import assert_close
 from zoo import protocol
@@ -34,6 +35,24 @@ def test_convolution(size, stride):
             patch = padded[:, i * stride:i * stride + size, j * stride:j * stride + size]
             expected[:, i, j] = np.einsum("bpqc,pqcd->bd", patch, kernel) + np.arange(4)
     assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize("sides", [(7, 6), (1, 1), (4, 5)], ids=["7x6", "1x1", "4x5"])
+def test_wide_convolutions_on_a_cpu(sides):
+    """The form in fewer products, and its gradients, are those of the definition."""
+    x, kernel = draw(2, *sides, _CHANNELS), draw(3, 3, _CHANNELS, _CHANNELS + 2, seed=1)
+    cotangent = draw(2, *sides, _CHANNELS + 2, seed=2)
+
+    def definition(x, kernel):
+        around = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return sum(jnp.einsum("bhwc,cd->bhwd", around[:, i:i + sides[0], j:j + sides[1]],
+                              kernel[i, j]) for i in range(3) for j in range(3))
+
+    y, pull = jax.vjp(jax.jit(convolve), x, kernel)
+    expected, their_pull = jax.vjp(definition, x, kernel)
+    assert "conv_general" not in str(jax.make_jaxpr(convolve)(x, kernel))
+    assert_close(y, expected)
+    assert_close(pull(cotangent), their_pull(cotangent))
 
 
 def test_patches():
