@@ -7,6 +7,8 @@
       checkpoints/      see `zoo.checkpoint`
       metrics.jsonl     every number logged
       loss.png          at the end; other tasks draw others
+      preprocessing/    how images are made ready, of a model for segmentation; at its end there are
+                        report.html, overlays/ and predictions/ too
       failure.json      the batch after which something was not finite
 """
 
@@ -56,8 +58,13 @@ def write_config(folder: Path, record: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+    write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
     os.replace(part, path)
 
 

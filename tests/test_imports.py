@@ -19,6 +19,7 @@ ALLOWED = {
     "layers": {"flax", "jax", "numpy", "pallas_kernels", "sharding"},
     "zoo": {"flax", "jax", "layers", "ml_dtypes", "numpy", "sharding"},
     "recipes": {
+        "PIL",
         "absl",
         "grain",
         "h5py",
@@ -28,6 +29,7 @@ ALLOWED = {
         "numpy",
         "optax",
         "rich",
+        "scipy",
         "sharding",
         "soundfile",
         "tensorboardX",
@@ -41,8 +43,10 @@ ALSO_ALLOWED = {
     "recipes/benchmarks/kernels.py": {"pallas_kernels"},  # times what the layers call
     "recipes/benchmarks/convert.py": {"transformers"},
     "recipes/benchmarks/peer_flashrnn.py": {"flashrnn", "torch"},
+    "recipes/benchmarks/peer_segment.py": {"safetensors", "torch"},
     "recipes/benchmarks/peer_transformers.py": {"torch", "transformers"},
     "recipes/benchmarks/peer_xlstm.py": {"safetensors", "torch", "xlstm"},
+    "recipes/benchmarks/torch_paratranscnn.py": {"torch"},
     "recipes/benchmarks/xlstm.py": {"pallas_kernels"},  # as kernels.py
     "recipes/benchmarks/phantom_baselines.py": {"sklearn"},
     "recipes/chat.py": {"jinja2"},

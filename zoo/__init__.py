@@ -6,6 +6,7 @@
 >>> zoo.generate(model, [[100, 101, 102]], max_new_tokens=8).tokens
 """
 
+import importlib
 from typing import Any
 
 from zoo import protocol
@@ -13,22 +14,21 @@ from zoo.decode.loop import Generation, generate, stream
 from zoo.registry import build, config, from_dict, override, to_dict
 from zoo.registry import list_models as list
 
-_CONVERT = ("from_hf", "load", "load_config", "save", "to_hf")
+# Loaded when asked for.
+_LAZY = {**dict.fromkeys(("from_hf", "load", "load_config", "save", "to_hf"), "zoo.convert"),
+         "segment": "zoo.segmentation"}
 
 __all__ = [
     "Generation", "build", "config", "from_dict", "from_hf", "generate", "list", "load",
-    "load_config", "override", "protocol", "save", "stream", "to_dict", "to_hf",
+    "load_config", "override", "protocol", "save", "segment", "stream", "to_dict", "to_hf",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads `zoo.convert` when one of its functions is asked for."""
-    if name in _CONVERT:
-        from zoo import convert
-
-        return getattr(convert, name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")
 
 
 def __dir__() -> Any:
-    return sorted({*globals(), *_CONVERT})
+    return sorted({*globals(), *_LAZY})
