@@ -4,6 +4,7 @@
   python -m recipes.bench --suite=kernels --op=attention --case=8x2048 --compare=plain,torch
   python -m recipes.bench --suite=convert --model=llama3.2-1b --dtype=bfloat16
   python -m recipes.bench --suite=xlstm --train_steps=1
+  python -m recipes.bench --suite=segment --rounds=3
 
 Suites:
   lm: training and greedy decoding of a model (--model), in tokens per second. The
@@ -19,6 +20,10 @@ Suites:
   xlstm: what lm does, for an xLSTM of 58M parameters (or --model) against the package of its
     authors; sLSTM against theirs of the cells (--cells); and tokens per second over the length
     against a Transformer of that size (--lengths). What is not installed is left out.
+  segment: training and inference of ParaTransCNN (--model, or one at 96 x 96 and a larger one at
+    224 x 224 pixels) in images per second, as lm does it, against the same layers from torch.nn in
+    two memory layouts, each as it is and compiled; and the share of the measured matrix speed. On a
+    GPU both compute in bfloat16.
 """
 
 import json
@@ -29,12 +34,12 @@ import jax
 from absl import flags
 
 from recipes import command
-from recipes.benchmarks import convert, kernel_peers, kernels, lm, xlstm
+from recipes.benchmarks import convert, kernel_peers, kernels, lm, segment, xlstm
 
 DEFAULT_MODEL = "llama-60m"
 
 with command.group("What"):
-    SUITE = flags.DEFINE_enum("suite", "lm", ["convert", "kernels", "lm", "xlstm"],
+    SUITE = flags.DEFINE_enum("suite", "lm", ["convert", "kernels", "lm", "segment", "xlstm"],
                               "Which suite.")
 with command.group("How"):
     ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds, sides in turn; medians count.")
@@ -48,18 +53,22 @@ with command.group("Suite kernels"):
     COMPARE = flags.DEFINE_list("compare", ["plain"], "Peers beside the op's own implementations: "
                                 f"{', '.join(kernel_peers.PEERS)}.")
     TUNE = flags.DEFINE_bool("tune", False, "Time every tile size and write the tuned table.")
-with command.group("Suites lm, convert and xlstm"):
+with command.group("Suites lm, convert, xlstm and segment"):
     PEER = flags.DEFINE_enum("peer", "transformers", ["transformers", "none"],
-                             "Against whom; none measures this project alone. The suite xlstm has "
-                             "peers of its own.")
+                             "Against whom; none measures this project alone. The suites xlstm "
+                             "and segment have peers of their own.")
     MODEL = flags.DEFINE_string("model", None, "A preset that the peer has, too; default "
-                                "llama-60m, of xlstm an xLSTM of that size.")
+                                "llama-60m, of xlstm an xLSTM of that size, of segment "
+                                f"{' and '.join(segment.MODELS)}.")
     SET = flags.DEFINE_multi_string("set", [], "Config overrides, as in num_layers=4.")
-    BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Rows of a training step.")
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Rows, or images, of a training step.")
     SEQ_LEN = flags.DEFINE_integer("seq_len", 256, "Tokens of a row.")
     TRAIN_STEPS = flags.DEFINE_integer("train_steps", 2, "Training steps of a round.")
     DECODE_BATCHES = flags.DEFINE_list("decode_batches", ["1", "4"], "Prompts decoded at once.")
     NEW_TOKENS = flags.DEFINE_integer("new_tokens", 64, "Tokens decoded after a prompt of 32.")
+with command.group("Suite segment"):
+    IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Pixels of an image's sides; default "
+                                      f"{segment.IMAGE_SIZE} of a --model.")
 with command.group("Suite xlstm"):
     CELLS = flags.DEFINE_list("cells", ["4x512x12x64", "4x512x1x768"], "Batch x length x heads x "
                               "width of the sLSTMs that are timed; empty: none.")
@@ -83,6 +92,11 @@ def main() -> None:
             model=MODEL.value, overrides=command.settings(SET.value),
             peers=PEER.value != "none", rounds=ROUNDS.value, cells=CELLS.value,
             lengths=_counts(LENGTHS), **sizes)
+    elif SUITE.value == "segment":
+        result = segment.run(
+            model=MODEL.value, overrides=command.settings(SET.value),
+            peer=PEER.value != "none", rounds=ROUNDS.value, batch_size=BATCH_SIZE.value,
+            image_size=IMAGE_SIZE.value, train_steps=TRAIN_STEPS.value)
     elif SUITE.value == "convert":
         result = convert.run(
             model=MODEL.value or DEFAULT_MODEL, overrides=command.settings(SET.value),
@@ -109,4 +123,4 @@ def _counts(flag: flags.FlagHolder) -> list[int]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, computes=True)

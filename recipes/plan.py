@@ -3,6 +3,7 @@
   python -m recipes.plan --model=llama3-8b --topology=v5p:4x4x4 --mesh=fsdp:16,tensor:4 \\
       --batch_size=64 --seq_len=4096
   python -m recipes.plan --model=qwen3-8b --topology=h200:8 --mode=decode --batch_size=32
+  python -m recipes.plan --model=paratranscnn --topology=h200:8 --image_size=512 --batch_size=32
 
 The step is compiled ahead of time by the machine's own compiler and its program is read. Numbers
 are lower bounds on time, not predictions: each term of the roofline is what the step would take if
@@ -29,29 +30,32 @@ import sharding
 import zoo
 from recipes import command
 from recipes.optimizer import LEARNING_RATES, Optimizer, is_table
-from recipes.tasks.lm import check_length
+from recipes.tasks import Workload, lm, segment
 from recipes.training import abstract_step
 from sharding import report, topology
 from zoo.decode import loop
+from zoo.registry import check_kind
 
 GIB = 1 << 30
 # A second compile, to say what rematerialisation would change, is worth at most this long a wait.
 SECOND_COMPILE_SECONDS = 75
-DECODE_ADVICE = "a wider tensor axis, a smaller --batch_size or a shorter --seq_len"
+MESHES = {"train": "fsdp:-1", "decode": "tensor:-1", "infer": "data:-1"}
 
 with command.group("What"):
     MODEL = flags.DEFINE_string("model", None, "A preset; zoo.list() names them.")
     SET = flags.DEFINE_multi_string("set", [], "Config overrides, as in num_layers=4.")
-    MODE = flags.DEFINE_enum("mode", "train", ["train", "decode"],
-                             "A training step, or decoding one token of every request.")
-    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows of the whole machine's step, or "
-                                      "requests decoded at once.")
+    MODE = flags.DEFINE_enum("mode", "train", sorted(MESHES, reverse=True),
+                             "A training step, segmenting a batch of images (infer), or decoding "
+                             "one token of every request.")
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows or images of the whole machine's "
+                                      "step, or requests decoded at once.")
     SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "Tokens of a row, or of each request's cache.")
+    IMAGE_SIZE = flags.DEFINE_integer("image_size", 224, "Pixels of an image's sides.")
 with command.group("Where"):
     TOPOLOGY = flags.DEFINE_string("topology", None, "The machine: a TPU slice such as "
                                    "v5e:4x4, v5p:4x4x4, v6e:16x16, or GPUs such as h200:8.")
     MESH = flags.DEFINE_string("mesh", "", "Axes over its devices, as in fsdp:16,tensor:4; "
-                               "default all on fsdp (decode: on tensor).")
+                               "default all on fsdp (decode: on tensor, infer: on data).")
     RULES = flags.DEFINE_string("rules", "fsdp_tp", command.RULES_HELP)
 with command.group("Training"):
     OPTIMIZER = flags.DEFINE_enum("optimizer", "adamw", sorted(LEARNING_RATES), "Which.")
@@ -59,7 +63,7 @@ with command.group("Training"):
     REMAT = flags.DEFINE_enum("remat", "none", ["none", "dots", "full"],
                               "What the backward pass computes again instead of keeping.")
     DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"],
-                              "Of the parameters; default float32, in decoding bfloat16.")
+                              "Of the parameters; default float32, without training bfloat16.")
 with command.group("Output"):
     JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")
 
@@ -82,19 +86,43 @@ def _run_child() -> None:
     sys.exit(done.returncode)
 
 
+def _workload(config: Any) -> Workload:
+    """Of the task that models of this kind are trained for, in the sizes of the flags."""
+    make, size = {"language": (lm.workload, SEQ_LEN),
+                  "segmentation": (segment.workload, IMAGE_SIZE)}[config.kind]
+    for flag in (SEQ_LEN, IMAGE_SIZE):
+        if flag.present and flag is not size:
+            raise ValueError(f"--{flag.name} is not of models for {config.kind}; give "
+                             f"--{size.name} instead")
+    return make(config, BATCH_SIZE.value, size.value)
+
+
 def _compile_train(config: Any, mesh, rules, remat: str):
     step, arguments = abstract_step(
-        config, mesh, rules, batch_size=BATCH_SIZE.value, seq_len=SEQ_LEN.value,
-        optimizer=Optimizer(OPTIMIZER.value), accumulate=ACCUMULATE.value,
-        dtype=DTYPE.value or "float32", remat=remat)
+        config, mesh, rules, _workload(config), optimizer=Optimizer(OPTIMIZER.value),
+        accumulate=ACCUMULATE.value, dtype=DTYPE.value or "float32", remat=remat)
     with sharding.use(mesh, rules):
         return step.lower(*arguments).compile(), arguments[0]["params"]
 
 
+def _compile_infer(config: Any, mesh, rules):
+    """The classes of whole images, by the running statistics."""
+    shape, dtype = _workload(config).batch["images"]
+    model = zoo.build(config, mesh=mesh, rules=rules, abstract=True,
+                      dtype=jnp.dtype(DTYPE.value or "bfloat16"))
+    definition, params = zoo.protocol.split(model)
+    images = jax.ShapeDtypeStruct(shape, dtype, sharding=rules.sharding(
+        mesh, (*segment.Segment.axes, None, None), shape))
+
+    def classes(params, images):
+        logits = zoo.protocol.merge(definition, params)({"images": images}).logits
+        return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+
+    with sharding.use(mesh, rules):
+        return jax.jit(classes).lower(params, images).compile(), params
+
+
 def _compile_decode(config: Any, mesh, rules, chunk: int):
-    check_length(config, SEQ_LEN.value)
-    if BATCH_SIZE.value < 1:
-        raise ValueError(f"batch_size {BATCH_SIZE.value}: it must be at least 1")
     model = zoo.build(config, mesh=mesh, rules=rules, abstract=True,
                       dtype=jnp.dtype(DTYPE.value or "bfloat16"))
     definition, params = zoo.protocol.split(model)
@@ -134,15 +162,21 @@ def _too_large(config: Any, machine: topology.Topology, mesh, rules,
     if MODE.value == "train":
         if REMAT.value != "full":
             advice.append(_with_remat(config, machine, mesh, rules))
-        advice += _training_advice(None)
+        advice += _training_advice(config, None)
     else:
-        advice.append(DECODE_ADVICE)
+        advice.append(_serving_advice())
     return {
-        "model": MODEL.value, "mode": MODE.value, "topology": machine.name,
-        "mesh": dict(mesh.shape), "rules": RULES.value, "batch_size": BATCH_SIZE.value,
-        "seq_len": SEQ_LEN.value, "advice": advice,
+        **_asked(config, machine, mesh), "advice": advice,
         "memory": {"total": needed, "capacity": available, "fits": False},
     }
+
+
+def _asked(config: Any, machine: topology.Topology, mesh) -> dict[str, Any]:
+    """What the flags say, as the first part of the result."""
+    size = {"seq_len": SEQ_LEN.value} if config.kind == "language" else {
+        "image_size": IMAGE_SIZE.value}
+    return {"model": MODEL.value, "mode": MODE.value, "topology": machine.name,
+            "mesh": dict(mesh.shape), "rules": RULES.value, "batch_size": BATCH_SIZE.value, **size}
 
 
 def _shard_bytes(tree: Any) -> int:
@@ -176,12 +210,14 @@ def decode_reads(config: Any, params: Any, axes: Any, mesh, rules: sharding.Rule
 def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]:
     """Compiles what the flags ask for and returns all its numbers, JSON-able, in named units."""
     started = time.perf_counter()
-    length, batch = SEQ_LEN.value, BATCH_SIZE.value
+    batch, work = BATCH_SIZE.value, _workload(config)
     advice: list[str] = []
+    if batch < 1:
+        raise ValueError(f"batch_size {batch}: it must be at least 1")
     axes = zoo.protocol.axes(zoo.build(config, mesh=mesh, rules=rules, abstract=True))
     if MODE.value == "train":
         compiled, params = _compile_train(config, mesh, rules, REMAT.value)
-        flops = 3 * batch * length * config.flops_per_token(length)
+        flops, units = 3 * work.flops, work.units
         found = program = report.analyse(compiled, mesh, machine, flops=flops)
         memory, seconds = found.memory, time.perf_counter() - started
         if not memory.fits:
@@ -189,25 +225,31 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
                 advice.append(_with_remat(config, machine, mesh, rules))
             elif REMAT.value != "full":
                 advice.append("--remat=full: far fewer activations, a third more FLOPs")
-            advice += _training_advice(memory)
+            advice += _training_advice(config, memory)
+    elif MODE.value == "infer":
+        compiled, params = _compile_infer(config, mesh, rules)
+        flops, units = work.flops, work.units
+        found = program = report.analyse(compiled, mesh, machine, flops=flops)
+        memory, seconds = found.memory, time.perf_counter() - started
+        if not memory.fits:
+            advice.append(_serving_advice())
     else:
         # Memory and kernels are those of the whole engine, with its intake of prompts; a token's
         # costs are those of its loop alone.
         whole, params, progress = _compile_decode(config, mesh, rules, loop.CHUNK)
         program = report.analyse(whole, mesh, machine)
         memory = program.memory
-        flops = batch * config.flops_at(length)
+        flops, units = batch * config.flops_at(SEQ_LEN.value), batch
         moved = (decode_reads(config, params, axes, mesh, rules, batch)
                  + _shard_bytes(progress.state))
         found = report.analyse(_compile_decode(config, mesh, rules, 0)[0], mesh, machine,
                                flops=flops, hbm_bytes=moved)
         seconds = time.perf_counter() - started
         if not memory.fits:
-            advice.append(DECODE_ADVICE)
+            advice.append(_serving_advice())
     roof = found.roofline
     assert roof is not None
     bound = max(roof.compute_seconds or 0.0, roof.memory_seconds, roof.collective_seconds)
-    tokens = batch * length if MODE.value == "train" else batch
     uneven = sorted({
         f"{axis} of size {size}"
         for names, x in zip(jax.tree.leaves(axes, is_leaf=lambda n: isinstance(n, tuple)),
@@ -215,9 +257,8 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
         for axis, size in zip(names, x.shape, strict=True)
         if axis in rules.uneven(mesh, names, x.shape)})
     return {
-        "model": MODEL.value, "mode": MODE.value, "topology": machine.name,
-        "mesh": dict(mesh.shape), "rules": RULES.value, "batch_size": batch, "seq_len": length,
-        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        **_asked(config, machine, mesh),
+        "parameters": sum(x.size for x in jax.tree.leaves(zoo.protocol.divide(params)[0])),
         "replicated_because_uneven": uneven,
         "flops_per_step": flops,
         "memory": {**found.as_dict()["memory"], **{
@@ -227,7 +268,7 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
         "collectives": found.as_dict()["collectives"],
         "custom_calls": program.as_dict()["custom_calls"],
         "roofline": found.as_dict()["roofline"],
-        "tokens_per_second_bound": tokens / bound,
+        f"{work.unit}_per_second_bound": units / bound,
         "mfu_bound": (roof.compute_seconds or 0.0) / bound,
         "compiler_estimates": found.compiler,
         "compile_seconds": seconds,
@@ -236,11 +277,19 @@ def plan(config: Any, machine: topology.Topology, mesh, rules) -> dict[str, Any]
     }
 
 
-def _training_advice(memory: report.Memory | None) -> list[str]:
+def _serving_advice() -> str:
+    if MODE.value == "decode":
+        return "a wider tensor axis, a smaller --batch_size or a shorter --seq_len"
+    return "a wider data axis, a smaller --batch_size or a smaller --image_size"
+
+
+def _training_advice(config: Any, memory: report.Memory | None) -> list[str]:
     advice = []
     if memory is None or memory.temporaries > memory.arguments:
         advice += [f"--accumulate={2 * ACCUMULATE.value} halves the activations",
-                   "a smaller --batch_size, or a shorter --seq_len"]
+                   "a smaller --batch_size, or a " + (
+                       "shorter --seq_len" if config.kind == "language"
+                       else "smaller --image_size")]
     taken = "" if memory is None else (
         f": parameters and optimiser take {memory.arguments / GIB:.1f} GiB of each")
     advice.append("more devices on fsdp or tensor" + taken)
@@ -260,10 +309,12 @@ def _units(value: float, unit: str) -> str:
 def _print(result: dict[str, Any]) -> None:
     console = Console(width=100, highlight=False)
     mesh = ", ".join(f"{k}:{v}" for k, v in result["mesh"].items())
-    what = "training step" if result["mode"] == "train" else "decoding of one token a request"
+    what = {"train": "training step", "infer": "segmentation",
+            "decode": "decoding of one token a request"}[result["mode"]]
+    size = (f"x {result['seq_len']} tokens" if "seq_len" in result
+            else "of images {0} x {0}".format(result["image_size"]))
     console.print(f"[bold]{result['model']}[/bold] on {result['topology']} ({mesh}; rules "
-                  f"{result['rules']}): {what}, batch {result['batch_size']} x "
-                  f"{result['seq_len']} tokens")
+                  f"{result['rules']}): {what}, batch {result['batch_size']} {size}")
     table = Table(show_header=False, box=None, pad_edge=False)
     memory, roof = result["memory"], result.get("roofline")
     if "parameters" in result:
@@ -304,7 +355,7 @@ def _print(result: dict[str, Any]) -> None:
         console.print("no collectives")
     kernels = ", ".join(f"{c['count']} x {c['name'] or c['target']}"
                         for c in result["custom_calls"])
-    with_prompts = "" if result["mode"] == "train" else " (with the intake of prompts)"
+    with_prompts = " (with the intake of prompts)" if result["mode"] == "decode" else ""
     console.print(f"kernels{with_prompts}: {kernels or 'none; all of it is XLA code'}")
     bound = Table("roofline", "at least", "", box=None, pad_edge=False)
     for name, key in (("compute", "compute_seconds"), ("memory", "memory_seconds"),
@@ -312,8 +363,9 @@ def _print(result: dict[str, Any]) -> None:
         mark = "[bold]limits[/bold]" if roof["limiting"] == name else ""
         bound.add_row(name, f"{1e3 * (roof[key] or 0):.3f} ms", mark)
     console.print(bound)
-    per = "" if result["mode"] == "train" else ", at a full cache"
-    console.print(f"at most {result['tokens_per_second_bound']:,.0f} tokens/s, "
+    per = ", at a full cache" if result["mode"] == "decode" else ""
+    unit = "tokens" if "seq_len" in result else "images"
+    console.print(f"at most {result[f'{unit}_per_second_bound']:,.0f} {unit}/s, "
                   f"{100 * result['mfu_bound']:.0f}% of the peak FLOPs{per}; compiled in "
                   f"{result['compile_seconds']:.0f} s")
     for note in result["notes"]:
@@ -327,9 +379,12 @@ def main() -> None:
             raise ValueError(f"--{flag.name} is missing; see --help for an example")
     config = zoo.config(MODEL.value, **command.settings(SET.value))
     machine = topology.describe(TOPOLOGY.value)
-    axes = MESH.value or ("fsdp:-1" if MODE.value == "train" else "tensor:-1")
+    if MODE.value != "train":
+        check_kind(config, "language" if MODE.value == "decode" else "segmentation")
+    axes = MESH.value or MESHES[MODE.value]
     sharding.parse_mesh(axes, machine.num_devices)
     rules = sharding.rules(RULES.value)
+    _workload(config)
     if not _in_child():
         _run_child()
         return

@@ -23,7 +23,7 @@ from absl import flags
 
 import sharding
 import zoo
-from recipes import command, loop, lora, optimizer, processes, training
+from recipes import command, loop, lora, optimizer, processes, training, volumes
 from recipes.tasks import Task
 from recipes.tasks.lm import LanguageModel
 from recipes.tasks.segment import Segment
@@ -73,15 +73,29 @@ with command.group("Data"):
                                 "library), or files, directories and globs with commas between: "
                                 ".txt and other text, .jsonl, or one .bin of token ids. A single "
                                 "text is cut into documents where paragraphs or lines end. For "
-                                "--task=segment phantoms (CT-like volumes with eight organs). Left "
-                                "out, stdlib, or phantoms.")
+                                "--task=segment phantoms (CT-like volumes with eight organs), or "
+                                "LAYOUT:DIR with one of "
+                                f"{', '.join(volumes.LAYOUTS)}, as png:scans for scans/images and "
+                                "scans/masks (recipes/volumes.py tells of all). Left out, stdlib, "
+                                "or phantoms.")
     _TOKENIZER = flags.DEFINE_string("tokenizer", None, "bytes, or a tokenizer.json; left out, "
                                      "bytes, or with --init_from the one there.")
     _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows, or images, of a step, over all "
                                       "devices.")
     _SEQ_LEN = flags.DEFINE_integer("seq_len", 256, "Tokens of a row.")
     _HELDOUT = flags.DEFINE_float("heldout", 0.05, "The part of the documents to hold out, of a "
-                                  "single text its end; 0: none, and nothing is evaluated.")
+                                  "single text its end; 0: none, and nothing is evaluated. For "
+                                  "--task=segment the part of the patients, 0.2 if left out; data "
+                                  "with a test part of its own takes none.")
+    _IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "The side that images are brought to; "
+                                       "left out, 224, or the phantoms' own.")
+    _AUGMENT = flags.DEFINE_enum(
+        "augment", "mirror", ["mirror", "rotate", "none"],
+        "mirror: every other image is mirrored and turned by right angles, and half of the rest "
+        "turned by up to 20 degrees; rotate: every other one is turned by up to 20 degrees, where "
+        "left is not right; none.")
+    _CLASS_NAMES = flags.DEFINE_list("class_names", [], "Of labels 1, 2 and so on, with commas "
+                                     "between, for nifti and png; left out, they are numbered.")
 
 with command.group("Optimization"):
     _STEPS = flags.DEFINE_integer("steps", 1000, "Steps of the whole run.")
@@ -176,18 +190,23 @@ def main() -> None:
 
 def _make_task(config: Any, tokenizer: str | None) -> Task:
     name = _TASK.value or ("segment" if config.kind == "segmentation" else "lm")
+    if name != "segment":
+        _refuse((_IMAGE_SIZE, _AUGMENT, _CLASS_NAMES), "--task=segment")
     if name == "lm":
         return LanguageModel(
             config, data=_DATA.value or "stdlib", tokenizer=tokenizer, seq_len=_SEQ_LEN.value,
             batch_size=_BATCH_SIZE.value, seed=_SEED.value, heldout=_HELDOUT.value,
             z_loss=_Z_LOSS.value, eval_batches=_EVAL_BATCHES.value,
             final_eval_batches=_FINAL_EVAL_BATCHES.value, cache_dir=_CACHE / "corpus")
-    _refuse((_TOKENIZER, _HELDOUT, _Z_LOSS, _FINAL_EVAL_BATCHES), "--task=lm")
+    _refuse((_TOKENIZER, _Z_LOSS, _FINAL_EVAL_BATCHES), "--task=lm")
     if name == "segment":
         _refuse((_SEQ_LEN, _EVAL_BATCHES), "tasks of sequences")
         return Segment(config, data=_DATA.value or "phantoms", batch_size=_BATCH_SIZE.value,
-                       seed=_SEED.value)
-    _refuse((_DATA,), "--task=lm and segment")
+                       seed=_SEED.value, image_size=_IMAGE_SIZE.value,
+                       heldout=_HELDOUT.value if _HELDOUT.present else None,
+                       class_names=_CLASS_NAMES.value, augmentation=_AUGMENT.value,
+                       cache_dir=_CACHE / "volumes")
+    _refuse((_DATA, _HELDOUT), "--task=lm and segment")
     return StateTracking(config, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value,
                          seed=_SEED.value, eval_batches=_EVAL_BATCHES.value)
 
@@ -244,4 +263,4 @@ def _keep_compiled(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    command.run(main, computes=True)

@@ -21,7 +21,7 @@ import zoo
 from recipes import workdir
 from recipes.lora import Lora
 from recipes.optimizer import Optimizer
-from recipes.tasks import lm
+from recipes.tasks import Workload, lm, segment
 from recipes.tokenizer import Bytes, Tokenizer
 from recipes.tokenizer import load as load_tokenizer
 from zoo import checkpoint
@@ -406,30 +406,30 @@ def make_evaluation(program: Program) -> Callable:
 
 
 def abstract_step(
-    config: Any, mesh: Mesh, rules: sharding.Rules, *, batch_size: int, seq_len: int,
+    config: Any, mesh: Mesh, rules: sharding.Rules, workload: Workload, *,
     optimizer: Optimizer | None = None, accumulate: int = 1, dtype: str = "float32",
     compute_dtype: str = "bfloat16", ema: float | None = None, remat: str = "none",
     stacked: bool | None = None,
 ) -> tuple[Callable, tuple]:
-    """The language-model step for machines that are only described, and its abstract arguments.
+    """A task's step for machines that are only described, and its abstract arguments.
 
     Lower it within the mesh::
 
-      step, arguments = abstract_step(...)
+      step, arguments = abstract_step(config, mesh, rules, lm.workload(config, 8, 4096))
       with sharding.use(mesh, rules):
         compiled = step.lower(*arguments).compile()
 
     Raises:
-      ValueError: sizes that do not divide over the mesh, or a sequence the model cannot take.
+      ValueError: sizes that do not divide over the mesh.
     """
-    lm.check_length(config, seq_len)
-    program = Program(config=config, mesh=mesh, rules=rules, loss=lm.make_loss(0.0),
-                optimizer=optimizer or Optimizer(), accumulate=accumulate, dtype=dtype,
-                compute_dtype=compute_dtype, ema=ema, remat=remat, stacked=stacked)
-    program.check_batch(batch_size)
-    batch = {name: jax.ShapeDtypeStruct((batch_size, seq_len), kind,
-                                        sharding=program.batch_sharding)
-             for name, kind in lm.BATCH.items()}
+    program = Program(config=config, mesh=mesh, rules=rules, loss=workload.loss,
+                      optimizer=optimizer or Optimizer(), accumulate=accumulate, dtype=dtype,
+                      compute_dtype=compute_dtype, ema=ema, remat=remat, stacked=stacked,
+                      batch_axes=workload.axes)
+    batch = {}
+    for name, (shape, kind) in workload.batch.items():
+        program.check_batch(shape[0])
+        batch[name] = jax.ShapeDtypeStruct(shape, kind, sharding=program.batch_sharding)
     signals = jax.ShapeDtypeStruct((mesh.size, 2), jnp.int32, sharding=signal_sharding(mesh))
     return make_step(program), (program.abstract_state(), batch, signals)
 
@@ -564,9 +564,13 @@ def find_run(directory: str | os.PathLike) -> Path | None:
 
 
 def model_files(directory: str | os.PathLike) -> Path:
-    """Where a run or a model keeps its tokenizer, chat template and settings of generation."""
+    """Where a run or a model keeps its tokenizer, chat template and settings of generation, or
+    says how images are made ready."""
     run = find_run(directory)
-    return Path(directory).expanduser() if run is None else run.parent / lm.TOKENIZER
+    if run is None:
+        return Path(directory).expanduser()
+    images = run.parent / segment.FOLDER
+    return images if images.is_dir() else run.parent / lm.TOKENIZER
 
 
 def _read_run(run: Path, step: int | None) -> dict:

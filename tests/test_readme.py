@@ -5,21 +5,27 @@ import pathlib
 import re
 import shlex
 
+import numpy as np
 import pytest
 
 import zoo
-from recipes import command, convert, decode, train
+from recipes import command, convert, decode, overlays, segment, train
 from tests import tiny
 from tests.recipes.small_run import MODEL
 from tests.recipes.test_convert import save_tokenizer
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-RECIPES = {"train": train, "decode": decode, "convert": convert}
+RECIPES = {"train": train, "decode": decode, "convert": convert, "segment": segment}
 SMALLER = {
-    "train": ["--steps=2", "--seq_len=16", "--batch_size=8", "--warmup_steps=0",
-              "--heldout=0", "--compile_cache="],
-    "decode": ["--max_new_tokens=2"], "convert": [],
+    "train": ["--steps=2", "--batch_size=8", "--warmup_steps=0", "--compile_cache="],
+    "decode": ["--max_new_tokens=2"],
+}
+# By the model; None: where none is named.
+SMALLER_MODELS = {
+    "llama-tiny": ["--seq_len=16", "--heldout=0", MODEL],
+    "paratranscnn-tiny": ["--image_size=16", "--set=cnn.width=8,transformer=none"],
+    None: ["--seq_len=16", "--heldout=0"],
 }
 
 
@@ -33,6 +39,13 @@ def folder(tmp_path_factory):
     with (folder / "notes.jsonl").open("w") as file:
         for i in range(40):
             file.write(json.dumps({"text": f"note {i}: {'na ' * 20}"}) + "\n")
+    (folder / "scans").mkdir()
+    for path in [folder / "scan.nii.gz", *(folder / f"scans/{i}.nii.gz" for i in range(4))]:
+        labels = np.zeros((2, 16, 16), np.uint8)
+        labels[:, 4:9, 4:9] = 1
+        overlays.write_mask(path, labels, np.eye(4))
+        overlays.write_mask(path.with_name(path.name.replace(".nii", "_seg.nii")), labels,
+                            np.eye(4))
     return folder
 
 
@@ -50,11 +63,14 @@ def test_commands(folder, monkeypatch, capfd):
         name = line[2].removeprefix("recipes.")
         if name not in RECIPES:
             continue
-        smaller = SMALLER[name] + ([MODEL] if "--model=llama-tiny" in line else [])
+        smaller = SMALLER.get(name, [])
+        if name == "train":
+            model = next((flag[8:] for flag in line if flag.startswith("--model=")), None)
+            smaller = smaller + SMALLER_MODELS[model]
         assert command.execute(RECIPES[name].main, [name, *line[3:], *smaller]) == 0, (
             line, capfd.readouterr().err)
         ran.append(name)
-    assert ran == ["train", "decode", "convert", "decode", "train"]
+    assert ran == ["train", "decode", "convert", "decode", "train", "train", "segment"]
 
 
 @pytest.mark.parametrize("index", range(sum(kind == "python" for kind, _ in BLOCKS)))

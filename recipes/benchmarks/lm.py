@@ -2,27 +2,21 @@
 
 import functools
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import sharding
 import zoo
-from recipes.benchmarks.peer import Peer, in_turns
-from recipes.optimizer import Optimizer
+from recipes.benchmarks.ours import LEARNING_RATE, Training
+from recipes.benchmarks.peer import Job, Peer, compare
 from recipes.tasks import lm as lm_task
-from recipes.training import Program, make_step
 
 PROMPT_TOKENS = 32
-LEARNING_RATE = 1e-4
-OURS = "parazoo"
 
 
 def _batch(config: Any, batch_size: int, seq_len: int) -> dict[str, np.ndarray]:
@@ -40,32 +34,15 @@ class Ours:
 
     def __init__(self, config: Any, batch_size: int, seq_len: int):
         self.config = config
-        self.mesh = sharding.mesh("data:1", jax.devices()[:1])
-        self.rules = sharding.rules("dp")
-        optimizer = Optimizer("adamw", LEARNING_RATE, schedule="constant", warmup_steps=0)
-        self.program = Program(config, self.mesh, self.rules, lm_task.make_loss(0.0), optimizer)
-        with sharding.use(self.mesh, self.rules):
-            self.step = make_step(self.program)
-            self.state = self.program.init()
+        self.train = Training(config, lm_task.make_loss(0.0), _batch(config, batch_size, seq_len),
+                              lm_task.LanguageModel.axes)
+        self.mesh, self.rules = self.train.mesh, self.train.rules
         # Decoding has weights of its own: a training step gives its buffers away.
-        self.model = zoo.build(config, self.program.seed, self.mesh, self.rules)
-        self.batch = jax.device_put(_batch(config, batch_size, seq_len),
-                                    self.program.batch_sharding)
-        self.count = 0
+        self.model = zoo.build(config, self.train.program.seed, self.mesh, self.rules)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         with sharding.use(self.mesh, self.rules):
             return np.asarray(self.model({"tokens": tokens}).logits)
-
-    def train(self, steps: int) -> float:
-        started = time.perf_counter()
-        with sharding.use(self.mesh, self.rules):
-            for _ in range(steps):
-                signals = jax.device_put(np.array([[self.count, 0]], np.int32))
-                self.state, metrics = self.step(self.state, self.batch, signals)
-                self.count += 1
-            jax.block_until_ready((self.state, metrics))
-        return time.perf_counter() - started
 
     def decode(self, batch: int, new_tokens: int) -> float:
         prompts = [list(range(1, PROMPT_TOKENS + 1))] * batch
@@ -86,9 +63,10 @@ def run(*, model: str, overrides: dict, peer: str | None, rounds: int, batch_siz
     config = zoo.config(model, **overrides)
     ours = Ours(config, batch_size, seq_len)
     console = Console()
-    jobs = {"train": batch_size * seq_len * train_steps}
-    jobs |= {f"decode x{b}": b * new_tokens for b in decode_batches}
-    modes: dict[str, list[str]] = {job: [] for job in jobs}
+    jobs = {"train": Job(batch_size * seq_len * train_steps,
+                         functools.partial(ours.train, train_steps))}
+    jobs |= {f"decode x{b}": Job(b * new_tokens, functools.partial(ours.decode, b, new_tokens))
+             for b in decode_batches}
     other = None
     if peer is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -105,37 +83,16 @@ def run(*, model: str, overrides: dict, peer: str | None, rounds: int, batch_siz
         if difference > 1e-4:
             raise RuntimeError(f"logits differ from {peer}'s by {difference:.2e}, over 1e-4; "
                                "timings would compare different models")
-        modes = {job: other.ready["train" if job == "train" else "decode"] for job in jobs}
-
-    def measure(job: str, mode: str | None) -> float:
-        batch = int(job.rpartition("x")[2]) if job != "train" else 0
-        if mode is None:
-            return ours.train(train_steps) if job == "train" else ours.decode(batch, new_tokens)
-        assert other is not None
-        if job == "train":
-            return other.ask({"do": "train", "mode": mode, "steps": train_steps})
-        return other.ask({"do": "decode", "mode": mode, "batch": batch,
-                          "new_tokens": new_tokens})
-
-    table = Table("job", f"{OURS} tokens/s", "peer tokens/s", "peer's mode", "ratio",
-                  title=f"{model}, {zoo.protocol.num_params(ours.model) / 1e6:.1f}M parameters, "
-                        f"float32, median of {rounds} interleaved rounds")
-    results: dict[str, Any] = {}
-    for job, count in jobs.items():
-        sides = {OURS: functools.partial(measure, job, None),
-                 **{mode: functools.partial(measure, job, mode) for mode in modes[job]}}
-        seconds = in_turns(sides, rounds)
-        speed = {side: count / statistics.median(times) for side, times in seconds.items()}
-        best = max(modes[job], key=lambda side: speed[side], default=None)
-        results[job] = {
-            OURS: speed[OURS],
-            "peer": {side: speed[side] for side in modes[job]},
-            "ratio": speed[OURS] / speed[best] if best else None,
-            "seconds": seconds,
-        }
-        table.add_row(job, f"{speed[OURS]:.1f}", f"{speed[best]:.1f}" if best else "-",
-                      best or "-", f"{results[job]['ratio']:.2f}" if best else "-")
-    console.print(table)
+        jobs["train"].peer.update({mode: functools.partial(
+            other.ask, {"do": "train", "mode": mode, "steps": train_steps})
+            for mode in other.ready["train"]})
+        for b in decode_batches:
+            jobs[f"decode x{b}"].peer.update({mode: functools.partial(
+                other.ask, {"do": "decode", "mode": mode, "batch": b, "new_tokens": new_tokens})
+                for mode in other.ready["decode"]})
+    results = compare(
+        jobs, rounds, "tokens", f"{model}, {zoo.protocol.num_params(ours.model) / 1e6:.1f}M "
+        f"parameters, float32, median of {rounds} interleaved rounds", console)
     if other is not None:
         other.close()
     return {"suite": "lm", "model": model, "peer": peer, "rounds": rounds,

@@ -1,13 +1,19 @@
 """Peers of a benchmark: processes of their own, which answer JSON lines with JSON lines."""
 
+import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+OURS = "parazoo"  # This project's side.
 # Time for the other side's threads to fall asleep before a measurement.
 PAUSE_SECONDS = 0.5
 
@@ -81,6 +87,45 @@ def in_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
     return seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What both sides are timed at.
+
+    Attributes:
+      count: units of throughput in a call.
+      ours: a call of this project's side; it returns its seconds.
+      peer: calls of the peer's, by the mode that it runs in.
+    """
+
+    count: int
+    ours: Callable[[], float]
+    peer: dict[str, Callable[[], float]] = dataclasses.field(default_factory=dict)
+
+
+def compare(jobs: Mapping[str, Job], rounds: int, unit: str, title: str, console: Console
+            ) -> dict[str, Any]:
+    """Times jobs `in_turns` and prints a table: a peer counts by the best of its modes.
+
+    Returns by job each side's units per second, medians, their ratio, and all seconds.
+    """
+    table = Table("job", f"{OURS} {unit}/s", f"peer {unit}/s", "peer's mode", "ratio", title=title)
+    results: dict[str, Any] = {}
+    for name, job in jobs.items():
+        seconds = in_turns({OURS: job.ours, **job.peer}, rounds)
+        speed = {side: job.count / statistics.median(times) for side, times in seconds.items()}
+        best = max(job.peer, key=lambda side: speed[side], default=None)
+        results[name] = {
+            OURS: speed[OURS],
+            "peer": {side: speed[side] for side in job.peer},
+            "ratio": speed[OURS] / speed[best] if best else None,
+            "seconds": seconds,
+        }
+        table.add_row(name, f"{speed[OURS]:.1f}", f"{speed[best]:.1f}" if best else "-",
+                      best or "-", f"{results[name]['ratio']:.2f}" if best else "-")
+    console.print(table)
+    return results
+
+
 class TorchTraining:
     """Training of a PyTorch model by fused AdamW, as it is and compiled: a peer's `train`."""
 
@@ -105,4 +150,6 @@ class TorchTraining:
             self.torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if self.torch.cuda.is_available():
+            self.torch.cuda.synchronize()
         return time.perf_counter() - started

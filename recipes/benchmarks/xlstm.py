@@ -19,8 +19,8 @@ from rich.table import Table
 import zoo
 from pallas_kernels.rnn import rnn
 from recipes.benchmarks import lm
-from recipes.benchmarks.lm import OURS, Ours
-from recipes.benchmarks.peer import Peer, in_turns
+from recipes.benchmarks.lm import Ours
+from recipes.benchmarks.peer import OURS, Peer, in_turns
 
 # 58M parameters each, so that a CPU takes minutes; the other one's size is llama-60m's.
 MODEL, TRANSFORMER = "xlstm-165m", "llama-60m"

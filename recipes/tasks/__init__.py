@@ -1,5 +1,6 @@
 """Tasks: what a model is trained on and for. The loop is the same for all."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,25 @@ import numpy as np
 Batch = dict[str, np.ndarray]
 # One global batch -> its (sum of losses, weight, statistics), by the model as it stands.
 Measure = Callable[[Batch], tuple[float, float, Mapping[str, np.ndarray]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a step of a task computes, without its data.
+
+    Attributes:
+      unit, axes, loss: see `Task`.
+      units: how many a step takes.
+      flops: of the step's forward pass.
+      batch: shape and dtype of the arrays of a batch.
+    """
+
+    unit: str
+    axes: tuple[str | None, ...]
+    loss: Callable
+    units: int
+    flops: float
+    batch: Mapping[str, tuple[tuple[int, ...], Any]]
 
 
 class Task(Protocol):

@@ -12,7 +12,7 @@ import numpy as np
 
 from recipes import corpus as corpora
 from recipes import packing
-from recipes.tasks import Batch, Measure
+from recipes.tasks import Batch, Measure, Workload
 from recipes.tokenizer import load as load_tokenizer
 from zoo.registry import check_kind
 
@@ -63,6 +63,16 @@ def check_length(config: Any, seq_len: int) -> None:
         raise ValueError(
             f"seq_len {seq_len}: it must be in 1..{config.max_length}, the model's max_length; "
             f"lower it, or give --set=max_length={seq_len}")
+
+
+def workload(config: Any, batch_size: int, seq_len: int) -> Workload:
+    """Of so many rows. Raises ValueError for sequences that the model is not made for."""
+    check_length(config, seq_len)
+    tokens = batch_size * seq_len
+    return Workload(
+        unit="tokens", axes=LanguageModel.axes, loss=make_loss(0.0), units=tokens,
+        flops=tokens * config.flops_per_token(seq_len),
+        batch={name: ((batch_size, seq_len), kind) for name, kind in BATCH.items()})
 
 
 class LanguageModel:

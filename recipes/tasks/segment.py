@@ -1,46 +1,40 @@
-"""Segmentation: a class for every pixel, learnt from slices and measured by volumes' Dice.
+"""Segmentation: a class for every pixel, learnt from slices and measured over volumes.
 
-The data are the phantoms of `recipes.phantoms`. Preprocessing and augmentation are those of
-ParaTransCNN (arXiv:2401.15307) for Synapse, but that turned images are interpolated.
+The data are those of `recipes.volumes`. Preprocessing and augmentation are those of ParaTransCNN
+(arXiv:2401.15307), but that slices are zoomed before they are turned, and turned images are
+interpolated.
 """
 
-import hashlib
-import itertools
-from collections.abc import Callable, Mapping
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from recipes import phantoms
-from recipes.tasks import Batch, Measure
+from recipes import overlays, scores, segmentation_report, volumes
+from recipes.tasks import Batch, Measure, Workload
 from zoo.registry import check_kind
 
-WINDOW = (-125.0, 275.0)
-"""Hounsfield units that become 0 and 1; what lies beyond is clipped."""
+FOLDER = "preprocessing"  # In a workdir: how images are made ready.
 _ANGLE = 20.0  # Degrees, the largest turn of the augmentation.
-_SMALL = 3  # So many of the organs, the smallest, are named when a run ends.
+_SMALL = 3  # So many of the classes, the smallest, are named when a run ends.
+_SHOWN = 6  # So many of the held-out cases, the worst, are shown.
 
 
-def normalize(image: np.ndarray) -> np.ndarray:
-    """Hounsfield units as float32 in [0, 1]; see `WINDOW`."""
-    low, high = WINDOW
-    return (np.clip(image, low, high).astype(np.float32) - low) / np.float32(high - low)
-
-
-def augment(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator
+def augment(image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, how: str = "mirror"
             ) -> tuple[np.ndarray, np.ndarray]:
-    """A square slice and its labels, [H, W] each, changed alike.
+    """A square slice, [H, W] or [H, W, C], and its labels, [H, W], changed alike.
 
-    Half of them are turned by right angles and mirrored, a quarter is turned by any angle up to 20
-    degrees, and a quarter is left as it is.
+    "mirror": every other one is turned by right angles and mirrored. Of those that are not, and of
+    all for "rotate", every other one is turned by any angle up to 20 degrees.
     """
-    choice = rng.random()
-    if choice < 0.5:
+    if how == "mirror" and rng.random() < 0.5:
         turns, axis = rng.integers(4), rng.integers(2)
         image, labels = (np.flip(np.rot90(x, turns), axis) for x in (image, labels))
-    elif choice < 0.75:
+    elif how != "none" and rng.random() < 0.5:
         image, labels = rotate(image, labels, rng.uniform(-_ANGLE, _ANGLE))
     return image, labels
 
@@ -58,33 +52,23 @@ def rotate(image: np.ndarray, labels: np.ndarray, degrees: float) -> tuple[np.nd
     y, x = cos * y + sin * x + (height - 1) / 2, cos * x - sin * y + (width - 1) / 2
     # With a margin of zeros, so that every pixel has four neighbours.
     y, x = np.clip(y, -1, height) + 1, np.clip(x, -1, width) + 1
-    image, labels = (np.pad(array, ((1, 2), (1, 2))) for array in (image, labels))
+    image, labels = (np.pad(a, ((1, 2), (1, 2)) + ((0, 0),) * (a.ndim - 2))
+                     for a in (image, labels))
     i, j = y.astype(np.int64), x.astype(np.int64)
-    down, right = (y - i).astype(np.float32), (x - j).astype(np.float32)
+    over_channels = (...,) + (None,) * (image.ndim - 2)
+    down, right = ((a - b).astype(np.float32)[over_channels] for a, b in ((y, i), (x, j)))
     above = image[i, j] * (1 - right) + image[i, j + 1] * right
     below = image[i + 1, j] * (1 - right) + image[i + 1, j + 1] * right
     nearest = labels[np.rint(y).astype(np.int64), np.rint(x).astype(np.int64)]
     return above * (1 - down) + below * down, nearest
 
 
-def dice(truth: np.ndarray, prediction: np.ndarray, classes: int) -> np.ndarray:
-    """2 |A and B| / (|A| + |B|) of each class' voxels A in truth and B in prediction.
-
-    Of a class that is in neither it is 1. Labels are integers below `classes`; the result is
-    float64 [classes].
-    """
-    both = np.bincount(truth[truth == prediction], minlength=classes)
-    sizes = np.bincount(truth.ravel(), minlength=classes) + np.bincount(
-        prediction.ravel(), minlength=classes)
-    return np.where(sizes > 0, 2 * both / np.maximum(sizes, 1), 1.0)
-
-
 def make_loss(in_channels: int) -> Callable:
     """A `Task.loss`: cross-entropy and Dice of a batch, whose gray images fill all channels.
 
-    A batch is `images`, float32 [B, H, W, 1], `labels`, int32 [B, H, W], and where not all images
-    count `weights`, float32 [B, H, W]. Where it does not train, the statistics have "prediction",
-    the likeliest class, uint8 [B, H, W].
+    A batch is `images`, float32 [B, H, W, C] with C either 1 or all, `labels`, int32 [B, H, W], and
+    where not all images count `weights`, float32 [B, H, W]. Where it does not train, the statistics
+    have "prediction", the likeliest class, uint8 [B, H, W].
     """
     def loss(model, batch, key, train):
         images = batch["images"]
@@ -99,55 +83,69 @@ def make_loss(in_channels: int) -> Callable:
     return loss
 
 
+def workload(config: Any, batch_size: int, image_size: int) -> Workload:
+    """Of so many square images. Raises ValueError for a size or a model that is none."""
+    check_kind(config, "segmentation")
+    if image_size < 1:
+        raise ValueError(f"image_size {image_size}: it must be at least 1")
+    shape = (batch_size, image_size, image_size)
+    return Workload(
+        unit="images", axes=Segment.axes, loss=make_loss(config.in_channels), units=batch_size,
+        flops=batch_size * config.flops_per_image(image_size, image_size),
+        batch={"images": ((*shape, config.in_channels), np.float32), "labels": (shape, np.int32)})
+
+
 class Segment:
-    """Segmenting the organs of phantoms; a `recipes.tasks.Task`."""
+    """Segmenting images and volumes; a `recipes.tasks.Task`."""
 
     unit, axes = "images", ("batch", "height")
 
     def __init__(self, config: Any, *, data: str = "phantoms", batch_size: int = 16,
-                 seed: int = 0):
-        """Makes the data.
+                 seed: int = 0, image_size: int | None = None, heldout: float | None = None,
+                 class_names: Sequence[str] = (), augmentation: str = "mirror",
+                 cache_dir: str | Path | None = None):
+        """Loads the data.
 
         Args:
           config: of a model for segmentation.
-          data: phantoms.
+          data, image_size, heldout, class_names, cache_dir: see `recipes.volumes.load`.
           batch_size: slices of a step, of all processes together.
           seed: of the order of the slices and of their augmentation.
+          augmentation: "mirror", "rotate" or "none"; see `augment`.
 
         Raises:
-          ValueError: other data, or classes that do not fit the model.
+          ValueError: data that cannot be read, or that does not fit the model.
         """
         check_kind(config, "segmentation")
-        if data != "phantoms":
-            raise ValueError(f"data {data!r}: segmentation is trained on phantoms; give --data="
-                             "phantoms, or leave it out")
-        self._names = phantoms.CLASSES
+        self._data = volumes.load(data, config.num_classes, image_size=image_size,
+                                  heldout=heldout, class_names=class_names, cache_dir=cache_dir)
+        self._names = self._data.classes
         if not len(self._names) <= config.num_classes <= 256:
             raise ValueError(f"num_classes {config.num_classes}: the data has {len(self._names)} "
                              f"classes, and at most 256 are taken; give --set=num_classes="
                              f"{len(self._names)}")
-        self._classes, self._batch_size, self._seed = config.num_classes, batch_size, seed
-        self._volumes = {split: phantoms.load(split) for split in phantoms.SPLITS}
-        # The slices of all volumes one after another.
-        self._images, self._labels = (
-            {split: np.concatenate([getattr(volume, name) for volume in volumes])
-             for split, volumes in self._volumes.items()} for name in ("image", "labels"))
-        self._worst_and_best: list[tuple[int, float, np.ndarray]] = []
+        if self._data.channels not in (1, config.in_channels):
+            raise ValueError(f"in_channels {config.in_channels}: the images have "
+                             f"{self._data.channels} channels; give --set=in_channels="
+                             f"{self._data.channels}, or gray images")
+        self._spec, self._batch_size, self._seed = data, batch_size, seed
+        self._augmentation = augmentation
+        self._measured: list[_Measured] = []  # By the final evaluation
         self.loss = make_loss(config.in_channels)
         self.units_per_step = batch_size
-        height, width = self._labels["train"].shape[1:]
-        self.flops_per_step = 3 * config.flops_per_image(height, width) * batch_size
+        side = self._data.preprocessing.image_size
+        self.flops_per_step = 3 * config.flops_per_image(side, side) * batch_size
 
     def describe(self) -> dict[str, Any]:
         """See `Task`."""
-        digest = hashlib.blake2b(digest_size=16)
-        for array in itertools.chain(self._images.values(), self._labels.values()):
-            digest.update(array.tobytes())
-        return {"data": {"spec": "phantoms", "fingerprint": digest.hexdigest()},
-                "tokenizer": None, "task": {"name": "segment"}}
+        return {"data": {"spec": self._spec, "fingerprint": self._data.fingerprint,
+                         "image_size": self._data.preprocessing.image_size},
+                "tokenizer": None, "task": {"name": "segment", "augmentation": self._augmentation}}
 
     def keep(self, folder: Path) -> None:
-        """Writes nothing: the model's config says all."""
+        """Writes how images are made ready, for `recipes.segment`."""
+        (folder / FOLDER).mkdir(exist_ok=True)
+        self._data.preprocessing.save(folder / FOLDER)
 
     def ids(self, step: int) -> list[int]:
         """See `Task`. An epoch's examples are numbered in the order in which they come."""
@@ -155,125 +153,194 @@ class Segment:
 
     def batch(self, step: int, rows: np.ndarray) -> Batch:
         """See `Task`. An epoch has each slice once, in an order of its own."""
-        images, labels = self._images["train"], self._labels["train"]
         found = []
         for index in np.asarray(self.ids(step))[rows]:
-            epoch, place = divmod(int(index), len(images))
-            chosen = self._order(epoch)[place]
+            epoch, place = divmod(int(index), self._data.num_slices("train"))
             rng = np.random.Generator(np.random.Philox(key=[self._seed % 2**64, int(index)]))
-            found.append(augment(normalize(images[chosen]), labels[chosen], rng))
-        return _batch(*(np.stack(arrays) for arrays in zip(*found, strict=True)))
+            chosen = int(self._order(epoch)[place])
+            found.append(augment(*self._data.slice("train", chosen), rng, self._augmentation))
+        return _batch(found)
 
     def _order(self, epoch: int) -> np.ndarray:
         bits = np.random.Philox(np.random.SeedSequence([self._seed % 2**64, epoch]))
-        return np.argsort(bits.random_raw(len(self._images["train"])), kind="stable")
+        return np.argsort(bits.random_raw(self._data.num_slices("train")), kind="stable")
 
     def evaluate(self, measure: Measure, final: bool) -> dict[str, float]:
-        """The Dice of each organ, a mean over whole volumes, and "dice", the mean over organs.
+        """Scores of whole volumes against their labels as they are in the files.
 
-        In training it is of the validation volumes, after it of the held-out ones. The
-        cross-entropy is in nats per pixel.
+        In training they are of the validation cases, after it of the held-out ones. "dice" and
+        "dice_" with a class' name are means over volumes and over volumes and classes; "hd95" is a
+        mean over those where both truth and prediction have the class, and "hd95_misses" counts
+        those where only one has it. Names with "reference_" are as in `scores.score`. The
+        cross-entropy is in nats per pixel of the prepared slices.
         """
-        split = "heldout" if final else "validation"
-        images, labels = self._images[split], self._labels[split]
-        nats = pixels = 0.0
-        predictions = []
-        for begin in range(0, len(images), self._batch_size):
-            rows = np.arange(begin, begin + self._batch_size)
-            counts = rows < len(images)
-            rows = np.minimum(rows, len(images) - 1)
-            batch = _batch(normalize(images[rows]), labels[rows])
-            weights = np.broadcast_to(counts[:, None, None], labels[rows].shape)
-            _, weight, stats = measure({**batch, "weights": weights.astype(np.float32)})
-            nats, pixels = nats + float(stats["cross_entropy"]), pixels + weight
-            predictions.append(stats["prediction"][counts])
-        depths = [len(volume.labels) for volume in self._volumes[split]]
-        predicted = np.split(np.concatenate(predictions), np.cumsum(depths)[:-1])
-        scores = np.array([
-            dice(volume.labels, mask, self._classes)[1:len(self._names)]
-            for volume, mask in zip(self._volumes[split], predicted, strict=True)])
+        measured, total = [], np.zeros(2)
+        for case, predicted in self._predict("heldout" if final else "validation", measure, total):
+            volume = self._data.volume(case)
+            found = scores.score(volume.labels, self._restore(predicted, volume), len(self._names),
+                                 volume.spacing)
+            measured.append(_Measured(case, found, volume.spacing is not None,
+                                      zlib.compress(predicted.tobytes(), 1)))
         if final:
-            means = scores.mean(1)
-            self._worst_and_best = [(int(i), float(means[i]), predicted[i])
-                                    for i in dict.fromkeys((means.argmin(), means.argmax()))]
-        by_organ = scores.mean(0)
-        return {"dice": float(by_organ.mean()), "cross_entropy": nats / pixels,
-                **{_key(name): float(x) for name, x in zip(self._names[1:], by_organ,
-                                                           strict=True)}}
+            self._measured = measured
+        means = {name: np.stack([m.scores[name] for m in measured]) for name in measured[0].scores}
+        dice, hd95 = means["dice"].mean(0), means["hd95"]
+        finite = hd95[np.isfinite(hd95)]
+        return {
+            "dice": float(dice.mean()), **({"hd95": float(finite.mean())} if finite.size else {}),
+            "hd95_misses": float(np.isinf(hd95).sum()),
+            **{name: float(means[name].mean()) for name in ("reference_dice", "reference_hd95")},
+            "cross_entropy": float(total[0] / total[1]),
+            **{_key(name): float(x) for name, x in zip(self._names[1:], dice, strict=True)}}
+
+    def _predict(self, part: str, measure: Measure, total: np.ndarray
+                 ) -> Iterator[tuple[volumes.Case, np.ndarray]]:
+        """(a case, its predicted labels [Z, S, S]) of all, adding (nats, pixels) to `total`.
+
+        A batch may hold the end of one case and the next ones.
+        """
+        count, ready = self._data.num_slices(part), []
+        cases = iter(self._data.parts[part])
+        case = next(cases)
+        for begin in range(0, count, self._batch_size):
+            rows = np.arange(begin, begin + self._batch_size)
+            counts = rows < count
+            batch = _batch([self._data.slice(part, min(int(i), count - 1)) for i in rows])
+            weights = np.broadcast_to(counts[:, None, None], batch["labels"].shape)
+            _, weight, stats = measure({**batch, "weights": weights.astype(np.float32)})
+            total += float(stats["cross_entropy"]), weight
+            ready += list(stats["prediction"][counts])
+            while case is not None and len(ready) >= self._data.depth(case):
+                depth = self._data.depth(case)
+                yield case, np.stack(ready[:depth])
+                case, ready = next(cases, None), ready[depth:]
+
+    def _restore(self, predicted: np.ndarray, volume: volumes.Volume) -> np.ndarray:
+        """Predicted labels, of a volume's own size; classes that the data has not are nothing."""
+        predicted = np.where(predicted < len(self._names), predicted, 0).astype(np.uint8)
+        return self._data.preprocessing.restore(predicted, volume.labels.shape)
 
     def summarize(self, metrics: Mapping[str, float]) -> str:
         """See `Task`."""
-        sizes = np.bincount(self._labels["train"].ravel(), minlength=len(self._names))[1:]
-        small = ", ".join(f"{self._names[1 + i]} {metrics[_key(self._names[1 + i])]:.3f}"
-                          for i in np.argsort(sizes, kind="stable")[:_SMALL])
-        return (f"mean Dice {metrics['dice']:.3f} of {len(self._names) - 1} organs in "
-                f"{len(self._volumes['heldout'])} held-out volumes; of the smallest: {small}")
+        text = (f"mean Dice {metrics['dice']:.3f} of {_count(len(self._names) - 1, 'class', 'es')} "
+                f"in {_count(len(self._measured), 'held-out case')}")
+        if "hd95" in metrics:
+            unit = "mm" if all(m.in_mm for m in self._measured) else "voxels"
+            text += f", HD95 {metrics['hd95']:.1f} {unit}"
+        small = 1 + np.argsort(self._data.voxels[1:], kind="stable")[:_SMALL]
+        if len(small) < len(self._names) - 1:
+            text += "; Dice of the smallest: " + ", ".join(
+                f"{self._names[i]} {metrics[_key(self._names[i])]:.3f}" for i in small)
+        return text
 
     def draw(self, folder: Path, runs: Mapping[str, list[Mapping[str, Any]]]) -> None:
-        """Writes dice.png, the training loss and the Dice over steps, of all runs, and overlay.png,
-        the middle slices of the held-out volumes with the lowest and the highest Dice.
+        """Writes what the final evaluation found.
+
+        dice.png: the training loss and the Dice over steps, of all runs. predictions/: the labels
+        of all held-out cases that are in files, of their own sizes, as NIfTI or, of pictures, as
+        PNG. overlays/: slices of the worst cases, and overlay.png: of the one in the middle.
+        report.html: all of it, with tables.
         """
-        import matplotlib
+        _draw_curves(folder / "dice.png", runs)
+        order = sorted(self._measured, key=lambda m: m.dice)
+        side, cases = self._data.preprocessing.image_size, []
+        for m in self._measured:
+            volume = self._data.volume(m.case)
+            predicted = self._restore(np.frombuffer(zlib.decompress(m.predicted), np.uint8).reshape(
+                -1, side, side), volume)
+            if m.case.files:
+                _write_mask(folder / "predictions" / m.case.name, m.case, volume, predicted,
+                            len(self._names))
+            overlay = None
+            if m in order[:_SHOWN]:
+                overlay = folder / "overlays" / f"{m.case.name}.png"
+                self._draw_overlay(overlay, m, volume, predicted)
+            if m is order[len(order) // 2]:
+                self._draw_overlay(folder / "overlay.png", m, volume, predicted)
+            cases.append(segmentation_report.Case(m.case.name, m.scores, overlay))
+        segmentation_report.write(
+            folder, title=f"Segmentation: {self._spec}", classes=self._names, cases=cases,
+            images={"Training": folder / "dice.png", "The case in the middle, by its Dice":
+                    folder / "overlay.png"})
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-        for color, (name, records) in enumerate(runs.items()):
-            style = {"color": f"C{color}", "label": name}
-            losses = [(r["step"], r["train"]["loss"]) for r in records if "train" in r]
-            if losses:
-                left.plot(*zip(*losses, strict=True), linewidth=0.9, **style)
-            for kind, marks in (("heldout", "o-"), ("final", "D")):
-                points = [(r["step"], r[kind]["dice"]) for r in records
-                          if "dice" in r.get(kind, {})]
-                if points:
-                    label = f"{name}, {'held out' if kind == 'final' else 'validation'} " \
-                            f"({points[-1][1]:.3f})"
-                    right.plot(*zip(*points, strict=True), marks, markersize=4,
-                               **{**style, "label": label})
-        left.set(xlabel="step", ylabel="half cross-entropy, half Dice loss")
-        right.set(xlabel="step", ylabel="mean Dice of organs", ylim=(0, 1))
-        for axes in (left, right):
-            axes.grid(alpha=0.3)
-            if axes.has_data():
-                axes.legend()
-        figure.savefig(folder / "dice.png", dpi=120)
-        pyplot.close(figure)
-        self._draw_overlay(folder / "overlay.png", pyplot)
-
-    def _draw_overlay(self, path: Path, pyplot: Any) -> None:
-        rows = len(self._worst_and_best)
-        figure, grid = pyplot.subplots(rows, 3, figsize=(10, 3.5 * rows + 0.6), squeeze=False,
-                                       layout="constrained")
-        # Without gray, which the image is.
-        colors = pyplot.get_cmap("tab10")(np.delete(np.arange(10), 7)[:len(self._names) - 1])
-        for line, (index, score, predicted) in zip(grid, self._worst_and_best, strict=True):
-            volume = self._volumes["heldout"][index]
-            middle = len(volume.labels) // 2
-            gray = normalize(volume.image[middle])[..., None].repeat(3, axis=-1)
-            masks = (None, volume.labels[middle], predicted[middle])
-            titles = (f"held-out volume {index}, slice {middle}", "truth",
-                      f"prediction (Dice of the volume {score:.3f})")
-            for axes, mask, title in zip(line, masks, titles, strict=True):
-                shown = gray.copy()
-                if mask is not None:
-                    organ = (mask > 0) & (mask < len(self._names))
-                    shown[organ] = 0.45 * shown[organ] + 0.55 * colors[mask[organ] - 1, :3]
-                axes.imshow(shown, vmin=0, vmax=1, interpolation="nearest")
-                axes.set_title(title, fontsize=9)
-                axes.set_axis_off()
-        figure.legend(
-            handles=[pyplot.Rectangle((0, 0), 1, 1, color=color, label=name)
-                     for name, color in zip(self._names[1:], colors, strict=True)],
-            loc="outside lower center", ncols=4, fontsize=8)
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
+    def _draw_overlay(self, path: Path, measured: "_Measured", volume: volumes.Volume,
+                      predicted: np.ndarray) -> None:
+        """The slice in which most is labelled."""
+        z = int(np.argmax(((volume.labels > 0) | (predicted > 0)).sum((1, 2))))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        where = f", slice {z}" if len(predicted) > 1 else ""
+        overlays.draw(
+            path, self._data.preprocessing.normalize(volume.image)[z],
+            {f"{measured.case.name}{where}: truth": volume.labels[z],
+             f"prediction (Dice {measured.dice:.3f})": predicted[z]}, self._names)
 
 
-def _batch(images: np.ndarray, labels: np.ndarray) -> Batch:
-    return {"images": images[..., None], "labels": labels.astype(np.int32)}
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Measured:
+    """A case that was evaluated.
+
+    Attributes:
+      scores: see `scores.score`.
+      in_mm: whether distances are in millimetres.
+      predicted: labels [Z, S, S], compressed: of a large data set they would fill the memory.
+    """
+
+    case: volumes.Case
+    scores: dict[str, np.ndarray]
+    in_mm: bool
+    predicted: bytes
+
+    @property
+    def dice(self) -> float:
+        return float(self.scores["dice"].mean())
 
 
-def _key(organ: str) -> str:
-    return f"dice_{organ.replace(' ', '_')}"
+def _draw_curves(path: Path, runs: Mapping[str, list[Mapping[str, Any]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for color, (name, records) in enumerate(runs.items()):
+        style = {"color": f"C{color}", "label": name}
+        losses = [(r["step"], r["train"]["loss"]) for r in records if "train" in r]
+        if losses:
+            left.plot(*zip(*losses, strict=True), linewidth=0.9, **style)
+        for kind, marks in (("heldout", "o-"), ("final", "D")):
+            points = [(r["step"], r[kind]["dice"]) for r in records if "dice" in r.get(kind, {})]
+            if points:
+                label = f"{name}, {'held out' if kind == 'final' else 'validation'} " \
+                        f"({points[-1][1]:.3f})"
+                right.plot(*zip(*points, strict=True), marks, markersize=4,
+                           **{**style, "label": label})
+    left.set(xlabel="step", ylabel="half cross-entropy, half Dice loss")
+    right.set(xlabel="step", ylabel="mean Dice of classes", ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _write_mask(stem: Path, case: volumes.Case, volume: volumes.Volume, labels: np.ndarray,
+                classes: int) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if case.files[0][0].suffix.lower() in volumes.PICTURES:
+        overlays.write_picture(stem.with_name(f"{stem.name}.png"), labels[0], classes)
+    else:
+        overlays.write_mask(stem.with_name(f"{stem.name}.nii.gz"), labels, volume.affine)
+
+
+def _batch(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    images, labels = (np.stack(arrays) for arrays in zip(*examples, strict=True))
+    return {"images": images, "labels": labels.astype(np.int32)}
+
+
+def _count(number: int, unit: str, plural: str = "s") -> str:
+    return f"{number} {unit}{plural if number != 1 else ''}"
+
+
+def _key(name: str) -> str:
+    return f"dice_{name.replace(' ', '_')}"

@@ -63,6 +63,8 @@ def test_every_op_counts_its_work():
     (["--suite=lm", "--decode_batches=a"], "--decode_batches=a: 'a' is no positive number"),
     (["--suite=lm", "--rounds=0"], "--rounds=0: it must be at least 1"),
     (["--suite=xlstm", "--model=lstm-tiny"], "--model=lstm-tiny is no xLSTM"),
+    (["--suite=segment", "--model=llama-tiny"], "which is for language; give one for segmentation"),
+    (["--suite=segment", "--train_steps=0"], "--train_steps=0: it must be at least 1"),
 ])
 def test_errors_are_one_line(flags, message, capsys):
     assert run(*flags) == 2
@@ -98,6 +100,19 @@ def test_crossover(ratios, length):
 def test_a_peer_that_cannot_run_says_why():
     with pytest.raises(RuntimeError, match="the peer cannot run: .*Error: "):
         Peer("recipes.benchmarks.peer_flashrnn", {})
+
+
+def test_a_peer_counts_by_its_best_mode(monkeypatch):
+    monkeypatch.setattr(peer, "PAUSE_SECONDS", 0)
+    modes = {"slow": lambda: 8.0, "fast": lambda: 2.0}
+    jobs = {"train": peer.Job(8, lambda: 4.0, modes), "infer": peer.Job(8, lambda: 1.0)}
+    console = Console(record=True, width=100)
+    found = peer.compare(jobs, 3, "images", "title", console)
+    assert found["train"]["peer"] == {"slow": 1.0, "fast": 4.0}
+    assert (found["train"]["parazoo"], found["train"]["ratio"]) == (2.0, 0.5)
+    assert (found["infer"]["parazoo"], found["infer"]["ratio"]) == (8.0, None)
+    rows = [line.split("│")[1:-1] for line in console.export_text().splitlines() if "│" in line]
+    assert ["train", "2.0", "4.0", "fast", "0.50"] in [[x.strip() for x in row] for row in rows]
 
 
 def test_sides_take_turns(monkeypatch):

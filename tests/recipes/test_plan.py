@@ -7,6 +7,7 @@ import sharding
 import zoo
 from recipes import command, plan
 from recipes.optimizer import Optimizer
+from recipes.tasks import lm, segment
 from recipes.training import abstract_step
 from tests import tiny
 
@@ -55,12 +56,26 @@ def test_decoding_reads_the_experts_that_its_requests_take():
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "list"])
 def test_the_step_of_a_mixture_of_experts_lowers(stacked):
     mesh, rules = sharding.mesh(tiny.MESH), sharding.rules("fsdp_tp")
+    config = tiny.config("qwen1.5-moe-a2.7b")
     step, arguments = abstract_step(
-        tiny.config("qwen1.5-moe-a2.7b"), mesh, rules, batch_size=16, seq_len=16, accumulate=2,
-        remat="dots", stacked=stacked, optimizer=Optimizer("muon"))
+        config, mesh, rules, lm.workload(config, 16, 16), accumulate=2, remat="dots",
+        stacked=stacked, optimizer=Optimizer("muon"))
     with sharding.use(mesh, rules):
         metrics = step.lower(*arguments).out_info[1]
     assert metrics.keys() >= {"loss", "moe_balance", "moe_z", "moe_max_load", "moe_entropy"}
+
+
+def test_the_step_of_a_segmentation_lowers():
+    """In the shapes and of the FLOPs that the task has for data of that size."""
+    mesh, rules = sharding.mesh("fsdp:4,tensor:2"), sharding.rules("fsdp_tp,channels=none")
+    config = zoo.config("paratranscnn-tiny", cnn=None)
+    work = segment.workload(config, 8, 32)
+    step, arguments = abstract_step(config, mesh, rules, work)
+    assert arguments[1]["images"].sharding.shard_shape((8, 32, 32, 1)) == (2, 32, 32, 1)
+    assert (work.units, work.flops) == (8, 8 * config.flops_per_image(32, 32))
+    with sharding.use(mesh, rules):
+        metrics = step.lower(*arguments).out_info[1]
+    assert metrics.keys() >= {"loss", "cross_entropy", "dice_loss"}
 
 
 FLAGS = ("--model=llama-tiny", "--topology=v5e:2x2")
@@ -70,6 +85,11 @@ ERRORS = [
     (["--mesh=fdsp:2"], "did you mean 'fsdp'?"),
     (["--model=LLAMA-TINY"], "did you mean 'llama-tiny'?"),
     (["--set=norm.eps=inf"], "norm.eps is inf; it must be finite"),
+    (["--mode=infer"], "which is for language; give one for segmentation, such as"),
+    (["--mode=decode", "--model=paratranscnn-tiny"], "which is for segmentation; give one for"),
+    (["--image_size=64"], "--image_size is not of models for language; give --seq_len instead"),
+    (["--seq_len=64", "--model=paratranscnn-tiny"], "--seq_len is not of models for segmentation"),
+    (["--image_size=0", "--model=paratranscnn-tiny"], "image_size 0: it must be at least 1"),
 ]
 
 

@@ -12,11 +12,16 @@ import sharding
 import zoo
 from recipes import command, feed, phantoms, train, training
 from recipes.optimizer import Optimizer
+from recipes.scores import score
 from recipes.tasks import segment
 from recipes.tasks.segment import Segment
+from recipes.volumes import Preprocessing, read_volume
 from tests.recipes.test_resume import restore
+from tests.recipes.test_volumes import example, write_nifti, write_pictures
 from tests.tolerances import EXACT, assert_close
 from zoo.registry import override
+
+nibabel = pytest.importorskip("nibabel")
 
 NARROW = {"cnn.width": 4, "transformer": None}
 CONFIG = override(zoo.config("paratranscnn-tiny"), NARROW)
@@ -33,7 +38,8 @@ def small(monkeypatch):
             rng = np.random.default_rng([i, *split.encode()])
             labels = np.zeros((5, SIDE, SIDE), np.uint8)
             for label in range(1, 9):
-                y, x = rng.integers(0, SIDE - 9, 2)
+                row, column = divmod(label - 1, 4)
+                y, x = 16 * row + rng.integers(16 - label - 2), 8 * column + rng.integers(2)
                 labels[:, y:y + label + 2, x:x + 6] = label
             image = 30.0 * labels - 100 + rng.normal(0, 10, labels.shape)
             found.append(phantoms.Phantom(image.astype(np.int16), labels))
@@ -177,14 +183,17 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(finished, tmp_path, ca
     assert "going on after step 2" in output and "images/s" in output
     assert_close(restore(again, STEPS), restore(finished, STEPS), EXACT)
     assert records(again) == records(finished)
-    for name in ("dice.png", "overlay.png"):
+    for name in ("dice.png", "overlay.png", "overlays/heldout_0.png", "overlays/heldout_1.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    assert "heldout_1" in (finished / "report.html").read_text("utf-8")
+    assert Preprocessing.load(finished / segment.FOLDER) == Preprocessing(
+        "phantoms", phantoms.CLASSES, SIDE, (-125.0, 275.0))
 
 
 def test_a_run_evaluates_by_the_running_averages(finished):
     """Of the final metrics each number is what the model on disk gives."""
     model, tokenizer, meta = training.load_model(finished, kind="segmentation")
-    assert tokenizer is None and meta["task"] == {"name": "segment"}
+    assert tokenizer is None and meta["task"] == {"name": "segment", "augmentation": "mirror"}
     task = Segment(CONFIG, batch_size=ROWS)
     definition, params = zoo.protocol.split(model)
     assert_close(params, restore(finished, STEPS)["ema"], EXACT)
@@ -235,8 +244,11 @@ def test_perfect_predictions_have_dice_one_whatever_the_batch(rows):
     for final in (False, True):
         found = task.evaluate(scripted(lambda labels: labels), final)
         assert found.pop("cross_entropy") == 0.25
-        assert len(found) == 9 and set(found.values()) == {1.0}
-    assert "mean Dice 1.000 of 8 organs in 2 held-out volumes" in task.summarize(found)
+        for name in ("hd95", "reference_hd95", "hd95_misses"):
+            assert found.pop(name) == 0.0
+        assert len(found) == 10 and set(found.values()) == {1.0}
+    text = task.summarize({**found, "hd95": 0.0})
+    assert text.startswith("mean Dice 1.000 of 8 classes in 2 held-out cases, HD95 0.0 mm; Dice of")
 
 
 def test_wrong_predictions_have_their_dice():
@@ -248,13 +260,10 @@ def test_wrong_predictions_have_their_dice():
     np.testing.assert_allclose(
         found["dice_pancreas"], np.mean(2 * sizes[:, 1] / (2 * sizes[:, 1] + sizes[:, 0])))
     np.testing.assert_allclose(found["dice"], (6 + found["dice_pancreas"]) / 8)
-
-
-def test_dice_of_known_masks():
-    truth = np.array([0, 0, 1, 1, 2, 2, 2, 2])
-    guess = np.array([0, 1, 1, 1, 2, 0, 0, 0])
-    np.testing.assert_allclose(segment.dice(truth, guess, 5), [2 / 6, 0.8, 0.4, 1.0, 1.0])
-    np.testing.assert_allclose(segment.dice(truth, np.zeros_like(truth), 3), [0.4, 0.0, 0.0])
+    # The liver was never found, and the distances are those of the other organs.
+    assert found["hd95_misses"] == 2 and found["hd95"] > 0
+    np.testing.assert_allclose(found["reference_dice"], found["dice"])
+    np.testing.assert_allclose(json.loads(json.dumps(found))["hd95"], found["hd95"])
 
 
 def test_an_example_depends_on_seed_and_number_alone():
@@ -272,9 +281,9 @@ def test_an_example_depends_on_seed_and_number_alone():
 
 
 def test_an_epoch_has_each_slice_once(monkeypatch):
-    monkeypatch.setattr(segment, "augment", lambda image, labels, rng: (image, labels))
+    monkeypatch.setattr(segment, "augment", lambda image, labels, *_: (image, labels))
     task = Segment(CONFIG, batch_size=5)
-    images = segment.normalize(np.concatenate([v.image for v in phantoms.load("train")]))
+    images = [task._data.slice("train", i)[0][..., 0] for i in range(10)]
     orders = []
     for epoch in range(2):
         found = np.concatenate([task.batch(2 * epoch + i, np.arange(5))["images"][..., 0]
@@ -312,14 +321,75 @@ def test_rotation_is_about_the_middle():
     assert turned[4, 4] == 1 and turned[0, 0] == 0 and found[0, 0] == 0 and found[4, 0] == 1
 
 
-def test_images_are_clipped_to_the_window():
-    np.testing.assert_array_equal(
-        segment.normalize(np.array([-1000, -125, 75, 275, 3000], np.int16)),
-        np.array([0, 0, 0.5, 1, 1], np.float32))
+def test_scans_are_segmented_from_file_to_file(tmp_path, capsys, monkeypatch):
+    """The held-out predictions lie over their scans."""
+    monkeypatch.setattr(train, "_CACHE", tmp_path / "cache")
+    for i in range(4):
+        image, labels = example(i, 2, 3)
+        for name, array in ((f"x{i}", image), (f"x{i}_seg", labels)):
+            write_nifti(tmp_path / f"scans/{name}.nii.gz", array)
+    work = tmp_path / "work"
+    assert run(f"--workdir={work}", f"--data=nifti:{tmp_path / 'scans'}", "--heldout=0.5",
+               f"--image_size={SIDE}", "--class_names=liver,tumour") == 0
+    assert "of 2 classes in 2 held-out cases" in capsys.readouterr().out
+    final = records(work)[-1]["final"]
+    found = {path.name: path for path in (work / "predictions").iterdir()}
+    assert len(found) == 2
+    dice = []
+    for name, path in found.items():
+        scan, written = nibabel.load(tmp_path / "scans" / name), nibabel.load(path)
+        np.testing.assert_allclose(written.affine, scan.affine)
+        labels = np.asarray(written.dataobj)
+        assert labels.shape == scan.shape == (16, 12, 2) and labels.max() <= 2
+        truth = read_volume(tmp_path / "scans" / name.replace(".nii", "_seg.nii")).image
+        dice.append(score(truth, labels.T, 3)["dice"])
+    np.testing.assert_allclose([final["dice_liver"], final["dice_tumour"]], np.mean(dice, 0))
+    assert Preprocessing.load(work / segment.FOLDER).classes == ("background", "liver", "tumour")
+
+
+def test_colour_images_fit_models_of_three_channels(tmp_path):
+    write_pictures(tmp_path, count=8)
+    settings = {"data": f"png:{tmp_path}", "batch_size": 3, "image_size": 24}
+    with pytest.raises(ValueError, match="the images have 3 channels; give --set=in_channels=3"):
+        Segment(CONFIG, **settings)
+    task = Segment(override(CONFIG, {"in_channels": 3, "num_classes": 2}), **settings)
+    assert task.batch(0, np.arange(3))["images"].shape == (3, 24, 24, 3)
+    # Twice as fine, so that what is nearest comes back: [12, 16] -> [24, 24] -> [12, 16].
+    final = task.evaluate(scripted(lambda labels: labels), True)
+    assert final["dice"] == 1.0 and "voxels" in task.summarize(final)
+    task.draw(tmp_path, {})
+    masks = list((tmp_path / "predictions").iterdir())
+    assert len(masks) == 2 and (tmp_path / "report.html").is_file()
+    for path in masks:
+        found = read_volume(tmp_path / "images" / path.name, path).labels
+        truth = read_volume(tmp_path / "images" / path.name, tmp_path / "masks" / path.name).labels
+        np.testing.assert_array_equal(found, truth)
+
+
+def test_gray_images_fill_all_channels_of_a_model(tmp_path):
+    write_pictures(tmp_path, colors=1)
+    config = override(CONFIG, {"in_channels": 3, "num_classes": 2})
+    task = Segment(config, data=f"png:{tmp_path}", batch_size=2, image_size=16)
+    batch = task.batch(0, np.arange(2))
+    assert batch["images"].shape == (2, 16, 16, 1)
+    seen = []
+
+    def model(inputs, key, train):
+        seen.append(inputs["images"])
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        task.loss(model, batch, None, True)
+    np.testing.assert_array_equal(seen[0], np.repeat(batch["images"], 3, -1))
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--data=scans"], "data 'scans': segmentation is trained on phantoms"),
+    (["--data=png:none"], "none: there is no such folder"),
+    (["--data=scans"], "data 'scans': it must be phantoms, or LAYOUT:FOLDER with one of synapse"),
+    (["--heldout=0.1"], "heldout: phantoms has a part that is held out already; leave it out"),
+    (["--class_names=a"], "data 'phantoms' has names of its own; leave them out"),
+    (["--task=lm", "--model=llama-tiny", "--image_size=8"],
+     "--image_size is of --task=segment; leave it out"),
     (["--tokenizer=bytes"], "--tokenizer is of --task=lm; leave it out"),
     (["--seq_len=64"], "--seq_len is of tasks of sequences; leave it out"),
     (["--set=num_classes=8"], "num_classes 8: the data has 9 classes"),

@@ -386,7 +386,7 @@ def test_a_step_compiles_for_machines_that_are_only_described():
     """Here for forced CPU devices; tests/aot does it for TPUs and GPUs."""
     mesh = sharding.mesh(tiny.MESH)
     step, arguments = training.abstract_step(
-        CONFIG, mesh, sharding.rules("fsdp_tp"), batch_size=ROWS, seq_len=LENGTH,
+        CONFIG, mesh, sharding.rules("fsdp_tp"), lm.workload(CONFIG, ROWS, LENGTH),
         optimizer=Optimizer("muon"), accumulate=2, remat="dots", stacked=True)
     leaves = jax.tree.leaves(arguments)
     assert all(isinstance(x, jax.ShapeDtypeStruct) and x.sharding.mesh == mesh for x in leaves)

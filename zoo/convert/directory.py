@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 CARRIED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
+    "chat_template.jinja", "chat_template.json", "segment.json",
 )
 _MAX_CARRIED_BYTES = 1 << 30
 
@@ -84,7 +84,8 @@ def read_json(path: Path) -> dict:
 
 
 def carry(source: Path, target: Path) -> list[str]:
-    """Copies the files of a tokenizer and of generation's settings, those there are.
+    """Copies the files of a tokenizer, of generation's settings and of the preparation of images,
+    those there are.
 
     Raises ValueError for one that is a link out of the directory, whose end nobody asked for.
     """
