@@ -144,9 +144,11 @@ class PatchExpand(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H size, W size, D]."""
-        kernel = self.kernel[...]
-        y = sharding.einsum("bhwc,pqcd->bhpwqd", x, kernel,
-                            weight=self.kernel.get_metadata()["axes"],
+        # In this order no operand as large as the image is transposed for the product.
+        kernel = jnp.moveaxis(self.kernel[...], 2, 0)
+        _, _, inputs, outputs = self.kernel.get_metadata()["axes"]
+        y = sharding.einsum("bhwc,cpqd->bhwpqd", x, kernel, weight=(inputs, None, None, outputs),
                             out=("batch", "height", None, None, None, "channels"))
+        y = y.swapaxes(2, 3)
         b, h, p, w, q, d = y.shape
         return sharding.constrain(y.reshape(b, h * p, w * q, d) + self.bias[...], *IMAGE)

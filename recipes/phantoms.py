@@ -52,7 +52,7 @@ SCANNERS = (
 # (patient, scanner) of each part: other patients are held out, and another scanner.
 SPLITS: Mapping[str, tuple[tuple[int, int], ...]] = {
     "train": tuple((i, i % 3) for i in range(150)),
-    "validation": tuple((100 + i, i % 3) for i in range(3)),
+    "validation": tuple((190 + i, i % 3) for i in range(3)),
     "heldout": tuple((200 + i, 3) for i in range(6)),
 }
 
