@@ -337,10 +337,11 @@ class Segmenter(nnx.Module):
         if train and key is None and t is not None and t.dropout:
             raise ValueError(f"transformer.dropout is {t.dropout}; training needs a key for it")
         if train and sharding.shards("embed") > 1 and sharding.shards("channels") > 1:
-            # Found by comparison with one device; each of the two alone is right.
-            raise ValueError("the rules lay both embed and channels over the mesh, with which XLA "
-                             "makes wrong gradients of convolutions; leave channels whole, as in "
-                             "--rules=fsdp_tp,channels=none")
+            # Found by comparison with one device. Either alone is right, and so is each layer by
+            # itself with both; the cause is not known.
+            raise ValueError("the rules lay both embed and channels over the mesh, with which "
+                             "gradients of the whole network come out wrong; leave channels whole, "
+                             "as in --rules=fsdp_tp,channels=none")
         key = key if train else None
         height, width = x.shape[1:3]
         x = x.astype(self.head.kernel[...].dtype)
