@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import re
 import resource
 import signal
 import sys
@@ -19,6 +20,9 @@ import zoo
 from recipes import feed, metrics, nonfinite, progress, training, workdir
 from recipes.tasks import Batch, Task
 from zoo.checkpoint import Checkpointer
+
+_STATUS = ("(ABORTED|CANCELLED|DATA_LOSS|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|"
+           "RESOURCE_EXHAUSTED|UNAVAILABLE|UNKNOWN): ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +84,11 @@ def _clear_failures() -> Iterator[None]:
     """Says what the runtime's errors mean for a run."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         text = str(error).partition("\n")[0]
+        # What fails on the calling thread is a ValueError that begins with the runtime's status.
+        if isinstance(error, ValueError) and not re.match(_STATUS, text):
+            raise
         if "RESOURCE_EXHAUSTED" in text:
             raise RuntimeError(
                 f"out of device memory: {text}; lower --batch_size, raise --accumulate, take "
