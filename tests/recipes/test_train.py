@@ -130,7 +130,7 @@ def test_key_heads_that_are_whole_give_the_same():
     assert_close(eight[0]["params"], zoo.protocol.to_stacked(one[0])["params"], RESHARDED)
 
 
-@pytest.mark.parametrize("name", ["lion", "muon"])
+@pytest.mark.parametrize("name", [pytest.param("lion", marks=pytest.mark.slow), "muon"])
 def test_optimizers_give_the_same_on_eight_devices(name):
     optimizer = Optimizer(name, warmup_steps=0, steps=10, schedule="constant")
     config = dataclasses.replace(CONFIG, num_layers=1)

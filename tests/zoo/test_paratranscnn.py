@@ -94,7 +94,8 @@ def gradients(branch="both", remat="none"):
     return *jax.jit(jax.grad(loss, has_aux=True))(learned), statistics
 
 
-@BRANCHES
+@pytest.mark.parametrize("branch", [
+    "both", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cnn", "transformer"))])
 def test_gradients_and_statistics(branch):
     found, new, statistics = gradients(branch)
     sizes = {path: float(np.abs(g).max()) for path, g in protocol.flat(found).items()}
