@@ -20,7 +20,7 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(init(key, (size + fill, width), dtype), axes=init.axes)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """int [B, T] -> [B, T, width]. An id outside the table reads its nearest row, one of
-        those that fill it up zeros."""
+        """int [B, T] -> [B, T, width]. An id outside the table reads its nearest row; rows that
+        fill it up are zeros."""
         table = sharding.gathered(self.table[...], *self.table.get_metadata()["axes"])
         return sharding.lookup(table, ids, "batch", "seq", "embed")

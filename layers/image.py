@@ -14,12 +14,35 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import sharding
-from layers.convolution import convolve
 from layers.linear import Linear, fan_in_normal
+from layers.winograd import winograd
+from pallas_kernels.dispatch import Target
 from sharding.ambient import PRODUCT
 
 IMAGE = ("batch", "height", None, "channels")
 """The logical axes of an activation."""
+
+# Narrower kernels do too little work on what the transforms write and read.
+_CHANNELS = 48
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
+    """[B, H, W, C] with an odd kernel [k, k, C, D], zeros around: [B, ceil(H / stride), .., D]."""
+    size = kernel.shape[0]
+    if size == 1:
+        return jnp.einsum("bhwc,cd->bhwd", x[:, ::stride, ::stride], kernel[0, 0])
+    if size == 3 and stride == 1 and _is_wide(x, kernel):
+        return winograd(x, kernel)
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(size // 2, size // 2)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _is_wide(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether `winograd` is the faster form: found by timing both, see docs/benchmarks.md."""
+    return (min(kernel.shape[2:]) >= _CHANNELS and x.dtype == kernel.dtype == jnp.float32
+            and Target.ambient().platform == "cpu"
+            and sharding.shards("height") == sharding.shards("channels") == 1)
 
 
 class Conv(nnx.Module):

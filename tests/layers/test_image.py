@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 import sharding
-from layers.convolution import _CHANNELS, convolve
-from layers.image import BatchNorm, Conv, ConvNorm, PatchEmbed, PatchExpand, SqueezeExcite
+from layers.image import (
+    _CHANNELS,
+    BatchNorm,
+    Conv,
+    ConvNorm,
+    PatchEmbed,
+    PatchExpand,
+    SqueezeExcite,
+    convolve,
+)
 from tests.tolerances import assert_close
 from zoo import protocol
 
