@@ -61,6 +61,14 @@ def draw(path: Path, image: np.ndarray, masks: Mapping[str, np.ndarray], classes
     write(path, data.getvalue())
 
 
+def write_labels(path: Path, labels: np.ndarray, affine: np.ndarray | None, classes: int) -> None:
+    """`write_picture` where `path` ends in .png, else `write_mask`. labels uint8 [Z, H, W]."""
+    if path.suffix == ".png":
+        write_picture(path, labels[0], classes)
+    else:
+        write_mask(path, labels, affine)
+
+
 def write_mask(path: Path, labels: np.ndarray, affine: np.ndarray | None) -> None:
     """Writes a mask as NIfTI, so that a viewer lays it over the scan it is of.
 

@@ -98,11 +98,8 @@ def _segment(mesh: jax.sharding.Mesh, rules: sharding.Rules) -> None:
         shown, labels = _predict(model, volume, preprocessing)
         seconds = time.perf_counter() - began
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.suffix == ".png":
-            overlays.write_picture(target, labels[0], len(preprocessing.classes))
-        else:
-            overlays.write_mask(target, labels, volume.affine)
-        name = target.relative_to(out).as_posix().removesuffix(_ending(path))
+        overlays.write_labels(target, labels, volume.affine, len(preprocessing.classes))
+        name = target.relative_to(out).as_posix().removesuffix(volumes.labels_ending(path))
         overlay = out / "overlays" / f"{name}.png"
         overlay.parent.mkdir(parents=True, exist_ok=True)
         _draw(overlay, volume, shown, labels, preprocessing.classes)
@@ -146,18 +143,13 @@ def _find_jobs(inputs: Sequence[Path], out: Path) -> list[tuple[Path, Path | Non
                              ".h5 or .png; give another folder")
         for path in paths:
             name = path.relative_to(given) if given.is_dir() else Path(path.name)
-            target = out / name.with_name(volumes.stem(path) + _ending(path))
+            target = out / name.with_name(volumes.stem(path) + volumes.labels_ending(path))
             if target in found:
                 raise ValueError(f"--input: both {found[target]} and {path} would become "
                                  f"{target}; segment them one after the other")
             found[target] = path
     images = list(found.values())
     return list(zip(images, _find_truths(images), found, strict=True))
-
-
-def _ending(path: Path) -> str:
-    """Of the file with a file's labels."""
-    return ".png" if path.suffix.lower() in volumes.PICTURES else ".nii.gz"
 
 
 def _find_truths(images: Sequence[Path]) -> Sequence[Path | None]:

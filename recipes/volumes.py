@@ -369,6 +369,11 @@ def _sides(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
+def labels_ending(image: Path) -> str:
+    """Of the file with an image's labels: .png of a picture, else .nii.gz."""
+    return ".png" if _ending(image) in PICTURES else ".nii.gz"
+
+
 def find_images(folder: Path) -> list[Path]:
     """Files anywhere below that `read_volume` takes, but for what their names say to be masks."""
     return [path for path in _files(folder, (*_NIFTI, *_ARRAYS, *PICTURES))

@@ -34,8 +34,8 @@ class Ours:
 
     def __init__(self, config: Any, batch_size: int, seq_len: int):
         self.config = config
-        self.train = Training(config, lm_task.make_loss(0.0), _batch(config, batch_size, seq_len),
-                              lm_task.LanguageModel.axes)
+        work = lm_task.workload(config, batch_size, seq_len)
+        self.train = Training(config, work.loss, _batch(config, batch_size, seq_len), work.axes)
         self.mesh, self.rules = self.train.mesh, self.train.rules
         # Decoding has weights of its own: a training step gives its buffers away.
         self.model = zoo.build(config, self.train.program.seed, self.mesh, self.rules)

@@ -103,7 +103,7 @@ class LanguageModel:
         Raises:
           ValueError: data that cannot be read, or that does not fit the model.
         """
-        check_length(config, seq_len)
+        work = workload(config, batch_size, seq_len)
         for name, value in (("eval_batches", eval_batches),
                             ("final_eval_batches", final_eval_batches)):
             if value < 1:
@@ -120,8 +120,7 @@ class LanguageModel:
         self._seq_len, self._batch_size = seq_len, batch_size
         self._eval_batches, self._final_eval_batches = eval_batches, final_eval_batches
         self.loss = make_loss(z_loss)
-        self.units_per_step = batch_size * seq_len
-        self.flops_per_step = 3 * config.flops_per_token(seq_len) * self.units_per_step
+        self.units_per_step, self.flops_per_step = work.units, 3 * work.flops
         self._description = {
             "data": {**self._corpus.manifest, "heldout": heldout, "seq_len": seq_len},
             "tokenizer": {"name": tokenizer, "fingerprint": self._tokenizer.fingerprint},

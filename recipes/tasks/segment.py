@@ -131,10 +131,9 @@ class Segment:
         self._spec, self._batch_size, self._seed = data, batch_size, seed
         self._augmentation = augmentation
         self._measured: list[_Measured] = []  # By the final evaluation
-        self.loss = make_loss(config.in_channels)
-        self.units_per_step = batch_size
-        side = self._data.preprocessing.image_size
-        self.flops_per_step = 3 * config.flops_per_image(side, side) * batch_size
+        work = workload(config, batch_size, self._data.preprocessing.image_size)
+        self.loss, self.units_per_step = work.loss, work.units
+        self.flops_per_step = 3 * work.flops
 
     def describe(self) -> dict[str, Any]:
         """See `Task`."""
@@ -249,8 +248,10 @@ class Segment:
             predicted = self._restore(np.frombuffer(zlib.decompress(m.predicted), np.uint8).reshape(
                 -1, side, side), volume)
             if m.case.files:
-                _write_mask(folder / "predictions" / m.case.name, m.case, volume, predicted,
-                            len(self._names))
+                path = folder / "predictions" / (
+                    m.case.name + volumes.labels_ending(m.case.files[0][0]))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                overlays.write_labels(path, predicted, volume.affine, len(self._names))
             overlay = None
             if m in order[:_SHOWN]:
                 overlay = folder / "overlays" / f"{m.case.name}.png"
@@ -322,15 +323,6 @@ def _draw_curves(path: Path, runs: Mapping[str, list[Mapping[str, Any]]]) -> Non
             axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def _write_mask(stem: Path, case: volumes.Case, volume: volumes.Volume, labels: np.ndarray,
-                classes: int) -> None:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    if case.files[0][0].suffix.lower() in volumes.PICTURES:
-        overlays.write_picture(stem.with_name(f"{stem.name}.png"), labels[0], classes)
-    else:
-        overlays.write_mask(stem.with_name(f"{stem.name}.nii.gz"), labels, volume.affine)
 
 
 def _batch(examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
