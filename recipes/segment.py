@@ -182,13 +182,19 @@ def _read(path: Path, mask: Path | None, preprocessing: volumes.Preprocessing, c
     layout = volumes.LAYOUTS.get(preprocessing.layout)
     if volume.labels is not None and layout is not None and layout.merge:
         volume = dataclasses.replace(volume, labels=np.minimum(volume.labels, 1))
-    if volume.image.ndim == 4 and volume.image.shape[3] not in (1, channels):
+    colors = _colors(preprocessing, channels)
+    if volume.image.ndim == 4 and volume.image.shape[3] not in (1, colors):
         raise ValueError(f"{path}: it has {volume.image.shape[3]} channels, and the model takes "
-                         f"{channels}; give images such as it was trained on")
+                         f"{colors}; give images such as it was trained on")
     if volume.labels is not None and volume.labels.max() >= len(preprocessing.classes):
         raise ValueError(f"{mask or path}: the mask has the label {volume.labels.max()}, and the "
                          f"model's classes are 0 to {len(preprocessing.classes) - 1}; correct it")
     return volume
+
+
+def _colors(preprocessing: volumes.Preprocessing, channels: int) -> int:
+    """Of a slice, where a model sees so many channels in all."""
+    return channels // (2 * preprocessing.neighbors + 1)
 
 
 def _predict(model: Any, volume: volumes.Volume, preprocessing: volumes.Preprocessing
@@ -198,6 +204,11 @@ def _predict(model: Any, volume: volumes.Volume, preprocessing: volumes.Preproce
     images = shown
     if TILE.value is None:
         images = preprocessing.prepare(volume.image, volume.spacing)
+    if preprocessing.neighbors:
+        slices = images.reshape(*images.shape[:3], -1)
+        colors = _colors(preprocessing, model.config.in_channels)
+        images = np.stack([preprocessing.with_neighbors(slices, z, colors)
+                           for z in range(len(slices))])
     pieces = segmentation.stream(model, images, batch_size=BATCH_SIZE.value, tile=TILE.value,
                                  overlap=OVERLAP.value)
     labels = np.concatenate(list(track(

@@ -94,6 +94,9 @@ with command.group("Data"):
         "mirror: every other image is mirrored and turned by right angles, and half of the rest "
         "turned by up to 20 degrees; rotate: every other one is turned by up to 20 degrees, where "
         "left is not right; none.")
+    _NEIGHBORS = flags.DEFINE_integer(
+        "neighbors", 0, "Slices of a volume below and above one that the model sees as further "
+        "channels of it; of gray images 1 needs --set=in_channels=3, and 2 needs 5.")
     _CLASS_NAMES = flags.DEFINE_list("class_names", [], "Of labels 1, 2 and so on, with commas "
                                      "between, for nifti and png; left out, they are numbered.")
 
@@ -191,7 +194,7 @@ def main() -> None:
 def _make_task(config: Any, tokenizer: str | None) -> Task:
     name = _TASK.value or ("segment" if config.kind == "segmentation" else "lm")
     if name != "segment":
-        _refuse((_IMAGE_SIZE, _AUGMENT, _CLASS_NAMES), "--task=segment")
+        _refuse((_IMAGE_SIZE, _AUGMENT, _NEIGHBORS, _CLASS_NAMES), "--task=segment")
     if name == "lm":
         return LanguageModel(
             config, data=_DATA.value or "stdlib", tokenizer=tokenizer, seq_len=_SEQ_LEN.value,
@@ -205,6 +208,7 @@ def _make_task(config: Any, tokenizer: str | None) -> Task:
                        seed=_SEED.value, image_size=_IMAGE_SIZE.value,
                        heldout=_HELDOUT.value if _HELDOUT.present else None,
                        class_names=_CLASS_NAMES.value, augmentation=_AUGMENT.value,
+                       neighbors=_NEIGHBORS.value,
                        cache_dir=_CACHE / "volumes")
     _refuse((_DATA, _HELDOUT), "--task=lm and segment")
     return StateTracking(config, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value,

@@ -78,6 +78,7 @@ class Preprocessing:
       window: values, or percentiles of the image, that become 0 and 1; what lies beyond is clipped.
       percentiles: which of both.
       pixel: millimetres; slices are brought to such pixels first, where their spacing is known.
+      neighbors: slices below and above one that a model sees as further channels of it.
     """
 
     layout: str
@@ -86,6 +87,11 @@ class Preprocessing:
     window: tuple[float, float]
     percentiles: bool = False
     pixel: float | None = None
+    neighbors: int = 0
+
+    def __post_init__(self):
+        if self.neighbors < 0:
+            raise ValueError(f"neighbors {self.neighbors}: there must be at least 0")
 
     def normalize(self, image: np.ndarray) -> np.ndarray:
         """[Z, H, W] or [Z, H, W, C] as float32 in [0, 1]."""
@@ -93,7 +99,7 @@ class Preprocessing:
 
     def prepare(self, image: np.ndarray, spacing: tuple[float, float, float] | None = None
                 ) -> np.ndarray:
-        """[Z, H, W] or [Z, H, W, C] as what a model sees, float32 [Z, image_size, image_size, C].
+        """[Z, H, W] or [Z, H, W, C] as float32 [Z, image_size, image_size, C], without neighbors.
 
         Slices are zoomed by cubic splines, which may overshoot [0, 1] a little. `spacing` is that
         of a `Volume`.
@@ -106,6 +112,16 @@ class Preprocessing:
             x = _zoom(x, (self.image_size, self.image_size), 3)
             found.append(x[..., None] if x.ndim == 2 else x)
         return np.stack(found)
+
+    def with_neighbors(self, images: np.ndarray, z: int, colors: int) -> np.ndarray:
+        """Slice z of a volume's [Z, H, W, C] as a model sees it.
+
+        Returns [H, W, colors * (2 neighbors + 1)]: the slices from below to above; beyond the ends
+        of the volume its last slice stands again. One channel fills all colors.
+        """
+        places = np.arange(z - self.neighbors, z + self.neighbors + 1)
+        found = [images[place] for place in np.clip(places, 0, len(images) - 1)]
+        return np.concatenate([np.broadcast_to(x, (*x.shape[:2], colors)) for x in found], -1)
 
     def prepare_labels(self, labels: np.ndarray) -> np.ndarray:
         """uint8 [Z, H, W] -> [Z, image_size, image_size], by the nearest pixel."""
@@ -620,7 +636,7 @@ class Dataset:
     Attributes:
       preprocessing: how slices are made ready.
       parts: cases by part, one of `PARTS`.
-      channels: of prepared images.
+      channels: of an image that a model sees.
       voxels: of each class in the training part, int64 [classes], as files have them.
       fingerprint: of all volumes, their parts and the preprocessing.
     """
@@ -647,7 +663,7 @@ class Dataset:
         self._folder = Path(cache_dir)
         self._prepared: dict[Case, Path | np.ndarray] = {}
         self._places: dict[str, list[tuple[Case, int]]] = {}
-        counts, digest, self.channels = {}, hashlib.blake2b(digest_size=16), 1
+        counts, digest, self._colors = {}, hashlib.blake2b(digest_size=16), 1
         digest.update(json.dumps(preprocessing.to_json()).encode())
         for part, cases in parts.items():
             self._places[part], counts[part] = [], np.zeros(256, np.int64)
@@ -659,12 +675,13 @@ class Dataset:
                 _check_range(case, found, len(preprocessing.classes), num_classes)
                 counts[part] += found.sum(0)
                 self._places[part] += [(case, z) for z in range(len(records))]
-                channels = records["image"].shape[-1]
-                if 1 not in (channels, self.channels) and channels != self.channels:
+                colors = records["image"].shape[-1]
+                if 1 not in (colors, self._colors) and colors != self._colors:
                     raise ValueError(f"{case.files[0][0] if case.files else case.name}: it has "
-                                     f"{channels} channels, and others have {self.channels}; give "
+                                     f"{colors} channels, and others have {self._colors}; give "
                                      "all of them the same ones")
-                self.channels = max(self.channels, channels)
+                self._colors = max(self._colors, colors)
+        self.channels = self._colors * (2 * preprocessing.neighbors + 1)
         largest = int(np.flatnonzero(sum(counts.values()))[-1])
         if not largest:
             raise ValueError(f"data {preprocessing.layout}: no mask has a label besides 0, the "
@@ -695,10 +712,9 @@ class Dataset:
           of one channel among colour images fills all of theirs.
         """
         case, z = self._places[part][index]
-        record = self._records(case)[z]
-        image = np.array(record["image"])
-        return (np.broadcast_to(image, (*image.shape[:2], self.channels)),
-                np.array(record["labels"]))
+        records = self._records(case)
+        return (self.preprocessing.with_neighbors(records["image"], z, self._colors),
+                np.array(records[z]["labels"]))
 
     def volume(self, case: Case) -> Volume:
         """A case as its files have it."""
@@ -710,7 +726,7 @@ class Dataset:
         """Sees to it that `_records` finds the case; returns a hash of the case, made ready."""
         digest = hashlib.blake2b(digest_size=16)
         how = {**preprocessing.to_json(), "format": _FORMAT, "merge": self._merge}
-        del how["layout"], how["classes"]
+        del how["layout"], how["classes"], how["neighbors"]
         digest.update(json.dumps(how).encode())
         for path in (path for pair in case.files for path in pair if path is not None):
             with path.open("rb") as file:
@@ -786,7 +802,7 @@ def _check_range(case: Case, voxels: np.ndarray, given: int, num_classes: int) -
 
 
 def load(spec: str, num_classes: int, *, image_size: int | None = None,
-         heldout: float | None = None, class_names: Sequence[str] = (),
+         heldout: float | None = None, class_names: Sequence[str] = (), neighbors: int = 0,
          cache_dir: str | os.PathLike | None = None) -> Dataset:
     """Loads the data that a spec names.
 
@@ -800,6 +816,7 @@ def load(spec: str, num_classes: int, *, image_size: int | None = None,
       heldout: the part of the patients to hold out, None for a fifth. It is for data whose
         distributor holds none out.
       class_names: of labels 1, 2, ... where the layout has no names; otherwise they are numbered.
+      neighbors: see `Preprocessing`.
       cache_dir: see `Dataset`.
 
     Raises:
@@ -826,12 +843,13 @@ def load(spec: str, num_classes: int, *, image_size: int | None = None,
         parts = {part: [_phantom(part, i, x) for i, x in enumerate(phantoms.load(part))]
                  for part in PARTS}
         size = parts["train"][0].read().image.shape[1]
-        preprocessing = Preprocessing("phantoms", classes, image_size or size, _WINDOW)
+        preprocessing = Preprocessing("phantoms", classes, image_size or size, _WINDOW,
+                                      neighbors=neighbors)
     else:
         parts = {part: cases for part, cases in _find(layout, Path(folder)).items() if cases}
         preprocessing = Preprocessing(
             name, tuple(classes or ()), image_size or _IMAGE_SIZE, layout.window,
-            layout.percentiles, layout.pixel)
+            layout.percentiles, layout.pixel, neighbors)
     if heldout is not None and "heldout" in parts:
         raise ValueError(f"heldout: {spec} has a part that is held out already; leave it out")
     if "heldout" not in parts:

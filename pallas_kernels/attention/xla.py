@@ -2,7 +2,8 @@
 
 Only tiles that the causal mask and the window let through are visited, so a causal sequence costs
 half of the square and a window what it spans. Memory is linear in the length: the backward pass
-makes the tiles again (FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2).
+makes the tiles again (FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2). On CPUs a short
+sequence is one tile, and so many heads come at a time as the cache holds the scores of.
 """
 
 import dataclasses
@@ -15,11 +16,13 @@ from jax import lax
 
 from pallas_kernels.attention import MASKED
 from pallas_kernels.attention.gradient import differentiable
-from pallas_kernels.dispatch import refuse_other_than_floats
+from pallas_kernels.dispatch import Target, refuse_other_than_floats
 
 # Queries and keys of a tile. A sequence of fewer is one tile, without loops or padding.
 BLOCK_Q = 512
 BLOCK_K = 256
+# On CPUs: scores that stay in a core's cache, and above which all of them together do not.
+_CACHED, _TOO_MANY = 2**19, 2**21
 
 
 def supports(target, query, key, value, *masks, **options):
@@ -169,28 +172,33 @@ def _forward(*operands, dtype, **options):
         q = problem.q[i]
 
         def visit(j, carry, *, by_place):
-            m, l, o = carry
             scores = problem.scores(q, j)
             seen = problem.seen(i, j, by_place=by_place)
             scores = problem.mask(scores, seen, MASKED)
-            new = jnp.maximum(m, jnp.max(scores, axis=-1))
+            new = jnp.max(scores, axis=-1)
+            if carry is not None:
+                new = jnp.maximum(carry[0], new)
             weights = jnp.exp(scores - new[..., None])
             if seen is not None and problem.by_data:
                 # Where a row has seen nothing yet, exp(MASKED - MASKED) is 1.
                 weights = problem.mask(weights, seen, 0.0)
-            shrink = jnp.exp(m - new)
-            values = jnp.einsum("bgns,bgsv->bgnv", weights.astype(problem.v.dtype), problem.v[j],
-                                preferred_element_type=jnp.float32)
-            return (new, l * shrink + jnp.sum(weights, axis=-1), o * shrink[..., None] + values)
+            l = jnp.sum(weights, axis=-1)
+            o = jnp.einsum("bgns,bgsv->bgnv", weights.astype(problem.v.dtype), problem.v[j],
+                           preferred_element_type=jnp.float32)
+            if carry is None:
+                return new, l, o
+            shrink = jnp.exp(carry[0] - new)
+            return new, carry[1] * shrink + l, carry[2] * shrink[..., None] + o
 
-        carry = (jnp.full(q.shape[:-1], MASKED, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32),
-                 jnp.zeros((*q.shape[:-1], problem.v.shape[-1]), jnp.float32))
-        start, whole, end = tiles.keys(i)
         inside = functools.partial(visit, by_place=False)
         edge = functools.partial(visit, by_place=True)
         if tiles.nk == 1:
-            m, l, o = edge(0, carry)
+            m, l, o = edge(0, None)
         else:
+            carry = (jnp.full(q.shape[:-1], MASKED, jnp.float32),
+                     jnp.zeros(q.shape[:-1], jnp.float32),
+                     jnp.zeros((*q.shape[:-1], problem.v.shape[-1]), jnp.float32))
+            start, whole, end = tiles.keys(i)
             m, l, o = lax.fori_loop(whole, end, edge, lax.fori_loop(start, whole, inside, carry))
         return (o / jnp.where(l > 0, l, 1.0)[..., None]).astype(dtype), m, l
 
@@ -256,9 +264,53 @@ def _backward(*operands_and_rows, dtype, **options):
     return d_q.astype(operands[0].dtype), join(d_k), join(d_v)
 
 
-_attention = differentiable(_forward, _backward)
+def _in_turn(run):
+    """`run` for `heads` key heads, of all rows of the batch, at a time; None: for all at once."""
+    def mapped(*operands, heads, **options):
+        if heads is None:
+            return run(*operands, **options)
+        query, key, value, query_segments, key_segments, block_mask, *rows = operands
+        b, g = key.shape[0], key.shape[2]
+
+        def cut(x):
+            """[B, T, H, ...] as [turns, heads, T, H / G, ...]."""
+            x = jnp.moveaxis(x.reshape(*x.shape[:2], g, -1, *x.shape[3:]), 2, 1)
+            return x.reshape(-1, heads, *x.shape[2:])
+
+        def join(x):
+            """The inverse."""
+            x = jnp.moveaxis(x.reshape(b, g, *x.shape[2:]), 1, 2)
+            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+        segments = () if query_segments is None else [
+            jnp.repeat(x, g, axis=0).reshape(-1, heads, x.shape[1])
+            for x in (query_segments, key_segments)]
+
+        def turn(parts):
+            (query, key, value, *rows), segments = parts
+            return run(query, key, value, *(segments or (None, None)), block_mask, *rows,
+                       **options)
+
+        return jax.tree.map(join, lax.map(turn, (
+            [cut(x) for x in (query, key, value, *rows)], segments)))
+
+    return mapped
 
 
-def attention(*operands, block_q=BLOCK_Q, block_k=BLOCK_K, **options):
-    """See `pallas_kernels.attention.attention`."""
-    return _attention(*operands, block_q=block_q, block_k=block_k, **options)
+_attention = differentiable(_in_turn(_forward), _in_turn(_backward))
+
+
+def attention(*operands, window, block_q=None, block_k=None, **options):
+    """See `pallas_kernels.attention.attention`.
+
+    Tiles are of `BLOCK_Q` and `BLOCK_K` where no others are given and no cache is to be had.
+    """
+    (b, t, h, _), (_, s, g, _) = (x.shape for x in operands[:2])
+    heads, scores = None, t * s * (h // g)
+    if (block_q, block_k, window) == (None, None, None) and scores <= _CACHED and (
+            Target.ambient().platform == "cpu"):
+        block_q, block_k = t, s
+        if b * g * scores > _TOO_MANY:
+            heads = max(n for n in range(1, b * g) if not b * g % n and n * scores <= _CACHED)
+    return _attention(*operands, window=window, block_q=block_q or BLOCK_Q,
+                      block_k=block_k or BLOCK_K, heads=heads, **options)

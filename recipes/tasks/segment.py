@@ -103,12 +103,12 @@ class Segment:
     def __init__(self, config: Any, *, data: str = "phantoms", batch_size: int = 16,
                  seed: int = 0, image_size: int | None = None, heldout: float | None = None,
                  class_names: Sequence[str] = (), augmentation: str = "mirror",
-                 cache_dir: str | Path | None = None):
+                 neighbors: int = 0, cache_dir: str | Path | None = None):
         """Loads the data.
 
         Args:
           config: of a model for segmentation.
-          data, image_size, heldout, class_names, cache_dir: see `recipes.volumes.load`.
+          data, image_size, heldout, class_names, neighbors, cache_dir: see `recipes.volumes.load`.
           batch_size: slices of a step, of all processes together.
           seed: of the order of the slices and of their augmentation.
           augmentation: "mirror", "rotate" or "none"; see `augment`.
@@ -118,7 +118,8 @@ class Segment:
         """
         check_kind(config, "segmentation")
         self._data = volumes.load(data, config.num_classes, image_size=image_size,
-                                  heldout=heldout, class_names=class_names, cache_dir=cache_dir)
+                                  heldout=heldout, class_names=class_names,
+                                  neighbors=neighbors, cache_dir=cache_dir)
         self._names = self._data.classes
         if not len(self._names) <= config.num_classes <= 256:
             raise ValueError(f"num_classes {config.num_classes}: the data has {len(self._names)} "
@@ -126,8 +127,10 @@ class Segment:
                              f"{len(self._names)}")
         if self._data.channels not in (1, config.in_channels):
             raise ValueError(f"in_channels {config.in_channels}: the images have "
-                             f"{self._data.channels} channels; give --set=in_channels="
-                             f"{self._data.channels}, or gray images")
+                             f"{self._data.channels} channels"
+                             f"{f' with neighbors={neighbors}' if neighbors else ''}; give "
+                             f"--set=in_channels={self._data.channels}, or "
+                             f"{'fewer neighbors' if neighbors else 'gray images'}")
         self._spec, self._batch_size, self._seed = data, batch_size, seed
         self._augmentation = augmentation
         self._measured: list[_Measured] = []  # By the final evaluation

@@ -11,6 +11,7 @@ import pytest
 import sharding
 import zoo
 from recipes import command, feed, phantoms, train, training
+from recipes import segment as segment_recipe
 from recipes.optimizer import Optimizer
 from recipes.scores import score
 from recipes.tasks import segment
@@ -322,7 +323,7 @@ def test_rotation_is_about_the_middle():
 
 
 def test_scans_are_segmented_from_file_to_file(tmp_path, capsys, monkeypatch):
-    """The held-out predictions lie over their scans."""
+    """The held-out predictions lie over their scans; recipes.segment makes the same ones."""
     monkeypatch.setattr(train, "_CACHE", tmp_path / "cache")
     for i in range(4):
         image, labels = example(i, 2, 3)
@@ -330,17 +331,23 @@ def test_scans_are_segmented_from_file_to_file(tmp_path, capsys, monkeypatch):
             write_nifti(tmp_path / f"scans/{name}.nii.gz", array)
     work = tmp_path / "work"
     assert run(f"--workdir={work}", f"--data=nifti:{tmp_path / 'scans'}", "--heldout=0.5",
-               f"--image_size={SIDE}", "--class_names=liver,tumour") == 0
+               f"--image_size={SIDE}", "--class_names=liver,tumour", "--neighbors=1",
+               "--set=in_channels=3") == 0
     assert "of 2 classes in 2 held-out cases" in capsys.readouterr().out
     final = records(work)[-1]["final"]
     found = {path.name: path for path in (work / "predictions").iterdir()}
     assert len(found) == 2
+    assert command.execute(segment_recipe.main, [
+        "segment", f"--checkpoint={work}", f"--out={tmp_path / 'again'}",
+        f"--input={','.join(str(tmp_path / 'scans' / name) for name in found)}"]) == 0
     dice = []
     for name, path in found.items():
         scan, written = nibabel.load(tmp_path / "scans" / name), nibabel.load(path)
         np.testing.assert_allclose(written.affine, scan.affine)
         labels = np.asarray(written.dataobj)
         assert labels.shape == scan.shape == (16, 12, 2) and labels.max() <= 2
+        np.testing.assert_array_equal(
+            np.asarray(nibabel.load(tmp_path / "again" / name).dataobj), labels)
         truth = read_volume(tmp_path / "scans" / name.replace(".nii", "_seg.nii")).image
         dice.append(score(truth, labels.T, 3)["dice"])
     np.testing.assert_allclose([final["dice_liver"], final["dice_tumour"]], np.mean(dice, 0))
@@ -364,6 +371,25 @@ def test_colour_images_fit_models_of_three_channels(tmp_path):
         found = read_volume(tmp_path / "images" / path.name, path).labels
         truth = read_volume(tmp_path / "images" / path.name, tmp_path / "masks" / path.name).labels
         np.testing.assert_array_equal(found, truth)
+
+
+def test_neighbors_are_channels():
+    config = override(CONFIG, {"in_channels": 3})
+    with pytest.raises(ValueError, match="in_channels 1: the images have 3 channels with "
+                                         "neighbors=1; give --set=in_channels=3, or fewer"):
+        Segment(CONFIG, neighbors=1)
+    with pytest.raises(ValueError, match="neighbors -1: there must be at least 0"):
+        Segment(config, neighbors=-1)
+    task, alone = Segment(config, neighbors=1, augmentation="none"), Segment(CONFIG)
+    assert task.batch(0, np.arange(2))["images"].shape == (2, SIDE, SIDE, 3)
+    data, plain = task._data, alone._data
+    depth = plain.depth(plain.parts["train"][0])
+    for z in range(depth):
+        image, labels = data.slice("train", z)
+        np.testing.assert_array_equal(labels, plain.slice("train", z)[1])
+        for channel, other in enumerate((max(z - 1, 0), z, min(z + 1, depth - 1))):
+            np.testing.assert_array_equal(image[..., channel],
+                                          plain.slice("train", other)[0][..., 0])
 
 
 def test_gray_images_fill_all_channels_of_a_model(tmp_path):
