@@ -8,6 +8,10 @@ WORKERS ?= 2
 .NOTPARALLEL:
 .PHONY: help venv demo test test-all aot lint clean
 
+# Compiling is most of what the tests do. Without LLVM's optimizations it takes about half as long;
+# make test-all has them.
+quick = --xla_backend_optimization_level=0
+
 pytest = "$$python" -m pytest -n $(WORKERS) --dist=loadfile
 
 help: ## list these targets
@@ -27,7 +31,7 @@ demo: ## train a tiny Llama on Python's standard library, then let it write some
 	echo "Demo done in $$(($$(date +%s) - start)) s; its files are in runs/demo."
 
 test: ## run the tests
-	@python=$$(.ci/venv) && JAX_PLATFORMS=cpu $(pytest)
+	@python=$$(.ci/venv) && JAX_PLATFORMS=cpu XLA_FLAGS=$(quick) $(pytest)
 
 test-all: ## run the tests with the full product of kernel cases, into docs/test_all.md (slow)
 	@python=$$(.ci/venv) && \

@@ -2,8 +2,8 @@
 
 Only tiles that the causal mask and the window let through are visited, so a causal sequence costs
 half of the square and a window what it spans. Memory is linear in the length: the backward pass
-makes the tiles again (FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2). On CPUs a short
-sequence is one tile, and so many heads come at a time as the cache holds the scores of.
+makes the tiles again (FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2). On CPUs tiles are
+larger where nothing is causal, and where one head's is large enough heads follow one another.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from pallas_kernels.dispatch import Target, refuse_other_than_floats
 # Queries and keys of a tile. A sequence of fewer is one tile, without loops or padding.
 BLOCK_Q = 512
 BLOCK_K = 256
-# On CPUs: scores that stay in a core's cache, and above which all of them together do not.
-_CACHED, _TOO_MANY = 2**19, 2**21
+# On CPUs: scores of a tile that stay in the cache, and from which on one head's are enough.
+_CACHED, _ENOUGH = 2**19, 3 * 2**16
 
 
 def supports(target, query, key, value, *masks, **options):
@@ -265,17 +265,17 @@ def _backward(*operands_and_rows, dtype, **options):
 
 
 def _in_turn(run):
-    """`run` for `heads` key heads, of all rows of the batch, at a time; None: for all at once."""
-    def mapped(*operands, heads, **options):
-        if heads is None:
+    """`run` for one key head after another where `in_turn`, else for all at once."""
+    def mapped(*operands, in_turn, **options):
+        if not in_turn:
             return run(*operands, **options)
         query, key, value, query_segments, key_segments, block_mask, *rows = operands
         b, g = key.shape[0], key.shape[2]
 
         def cut(x):
-            """[B, T, H, ...] as [turns, heads, T, H / G, ...]."""
+            """[B, T, H, ...] as [B * G, 1, T, H / G, ...]."""
             x = jnp.moveaxis(x.reshape(*x.shape[:2], g, -1, *x.shape[3:]), 2, 1)
-            return x.reshape(-1, heads, *x.shape[2:])
+            return x.reshape(-1, 1, *x.shape[2:])
 
         def join(x):
             """The inverse."""
@@ -283,8 +283,7 @@ def _in_turn(run):
             return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
         segments = () if query_segments is None else [
-            jnp.repeat(x, g, axis=0).reshape(-1, heads, x.shape[1])
-            for x in (query_segments, key_segments)]
+            jnp.repeat(x, g, axis=0)[:, None] for x in (query_segments, key_segments)]
 
         def turn(parts):
             (query, key, value, *rows), segments = parts
@@ -300,17 +299,16 @@ def _in_turn(run):
 _attention = differentiable(_in_turn(_forward), _in_turn(_backward))
 
 
-def attention(*operands, window, block_q=None, block_k=None, **options):
+def attention(*operands, causal, block_q=None, block_k=None, **options):
     """See `pallas_kernels.attention.attention`.
 
-    Tiles are of `BLOCK_Q` and `BLOCK_K` where no others are given and no cache is to be had.
+    Tiles are of `BLOCK_Q` and `BLOCK_K` where no others are given and the cache asks for none.
     """
     (b, t, h, _), (_, s, g, _) = (x.shape for x in operands[:2])
-    heads, scores = None, t * s * (h // g)
-    if (block_q, block_k, window) == (None, None, None) and scores <= _CACHED and (
-            Target.ambient().platform == "cpu"):
-        block_q, block_k = t, s
-        if b * g * scores > _TOO_MANY:
-            heads = max(n for n in range(1, b * g) if not b * g % n and n * scores <= _CACHED)
-    return _attention(*operands, window=window, block_q=block_q or BLOCK_Q,
-                      block_k=block_k or BLOCK_K, heads=heads, **options)
+    in_turn = False
+    # Under a diagonal smaller tiles save more than they cost.
+    if not causal and block_q is block_k is None and Target.ambient().platform == "cpu":
+        block_q, block_k = (t, s) if t * s * (h // g) <= _CACHED else (BLOCK_Q, BLOCK_Q)
+        in_turn = b * g > 1 and min(t, block_q) * min(s, block_k) * (h // g) >= _ENOUGH
+    return _attention(*operands, causal=causal, block_q=block_q or BLOCK_Q,
+                      block_k=block_k or BLOCK_K, in_turn=in_turn, **options)

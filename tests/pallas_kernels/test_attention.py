@@ -94,18 +94,18 @@ def test_many_tiles(options, tiles, segments):
     assert_close(results(op, arrays, ids), expected(arrays, ids, scale=0.5, **options))
 
 
-@pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"causal": False, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("tile", [5, 16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("segments", [False, True], ids=["", "segments"])
-def test_heads_in_turn(options, segments, heads, monkeypatch):
-    """Of four key heads in two rows of the batch so many at a time, each in one tile."""
-    monkeypatch.setattr(xla, "_CACHED", heads * 2 * 13 * 13)
-    monkeypatch.setattr(xla, "_TOO_MANY", 0)
+def test_heads_in_turn(softcap, segments, tile, monkeypatch):
+    """Four key heads of two rows of the batch, one after the other, in one tile or several."""
+    for name, value in (("_CACHED", 2 * tile**2), ("_ENOUGH", 0), ("BLOCK_Q", tile)):
+        monkeypatch.setattr(xla, name, value)
     arrays, ids = operands(2, 13, 4, 2, 4, 3, segments=segments)
-    op = functools.partial(attention, scale=0.5, **options)
-    turns = str(jax.make_jaxpr(lambda *x: op(*x))(*arrays[:3])).count(f"length={4 // heads}")
-    assert turns == 1
-    assert_close(results(op, arrays, ids), expected(arrays, ids, scale=0.5, **options))
+    options = {"scale": 0.5, "causal": False, "softcap": softcap}
+    op = functools.partial(attention, **options)
+    assert str(jax.make_jaxpr(lambda *x: op(*x))(*arrays[:3])).count("length=4") == 1
+    assert_close(results(op, arrays, ids), expected(arrays, ids, **options))
 
 
 def test_memory_is_linear_in_the_length():
