@@ -8,8 +8,7 @@ WORKERS ?= 2
 .NOTPARALLEL:
 .PHONY: help venv demo test test-all aot lint clean
 
-# Compiling is most of what the tests do. Without LLVM's optimizations it takes about half as long;
-# make test-all has them.
+# Compiling is most of what the tests do; without LLVM's optimizations it takes about half as long.
 quick = --xla_backend_optimization_level=0
 
 pytest = "$$python" -m pytest -n $(WORKERS) --dist=loadfile
@@ -35,7 +34,7 @@ test: ## run the tests
 
 test-all: ## run the tests with the full product of kernel cases, into docs/test_all.md (slow)
 	@python=$$(.ci/venv) && \
-	JAX_PLATFORMS=cpu $(pytest) --run-slow --junitxml=.cache/test_all.xml && \
+	JAX_PLATFORMS=cpu XLA_FLAGS=$(quick) $(pytest) --run-slow --junitxml=.cache/test_all.xml && \
 	"$$python" -m tests.table .cache/test_all.xml > docs/test_all.md
 
 aot: ## compile for described TPU slices and Hopper GPUs, without one

@@ -21,7 +21,7 @@ from layers.stack import to_stacked
 from pallas_kernels.mlstm import mlstm
 from pallas_kernels.rnn import CELLS, rnn
 from tests import tiny
-from tests.tolerances import assert_close
+from tests.tolerances import EQUAL, assert_close
 from zoo import protocol
 from zoo.decode import tree as trees
 
@@ -136,12 +136,15 @@ def mesh_cases():
 
 @pytest.mark.parametrize(("name", "explicit"), list(mesh_cases()))
 def test_eight_devices_equal_one(name, explicit):
-    """GPT-2 has a vocabulary that does not divide, and dropout."""
+    """GPT-2 has a vocabulary that does not divide, and dropout.
+
+    Through exponential gates rounding errors grow a little.
+    """
     config = tiny.config(name, **({"vocab_size": 41} if name == "gpt2" else {}))
     mesh = sharding.mesh(tiny.MESH, explicit=explicit)
     with sharding.use(mesh, sharding.rules("fsdp_tp")):
         sharded = loss_and_gradients(config, mesh, stacked=True)
-    assert_close(sharded, on_one_device(config))
+    assert_close(sharded, on_one_device(config), 3 * EQUAL)
 
 
 @FORMS
