@@ -30,11 +30,11 @@ demo: ## train a tiny Llama on Python's standard library, then let it write some
 	echo "Demo done in $$(($$(date +%s) - start)) s; its files are in runs/demo."
 
 test: ## run the tests
-	@python=$$(.ci/venv) && JAX_PLATFORMS=cpu XLA_FLAGS=$(quick) $(pytest)
+	@python=$$(.ci/venv) && JAX_PLATFORMS=cpu XLA_FLAGS="$(quick) $$XLA_FLAGS" $(pytest)
 
 test-all: ## run the tests with the full product of kernel cases, into docs/test_all.md (slow)
 	@python=$$(.ci/venv) && \
-	JAX_PLATFORMS=cpu XLA_FLAGS=$(quick) $(pytest) --run-slow --junitxml=.cache/test_all.xml && \
+	JAX_PLATFORMS=cpu XLA_FLAGS="$(quick) $$XLA_FLAGS" $(pytest) --run-slow --junitxml=.cache/test_all.xml && \
 	"$$python" -m tests.table .cache/test_all.xml > docs/test_all.md
 
 aot: ## compile for described TPU slices and Hopper GPUs, without one

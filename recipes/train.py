@@ -95,8 +95,9 @@ with command.group("Data"):
         "turned by up to 20 degrees; rotate: every other one is turned by up to 20 degrees, where "
         "left is not right; none.")
     _NEIGHBORS = flags.DEFINE_integer(
-        "neighbors", 0, "Slices of a volume below and above one that the model sees as further "
-        "channels of it; of gray images 1 needs --set=in_channels=3, and 2 needs 5.")
+        "neighbors", None, "How many slices of a volume before one, and after it, the model sees "
+        "as further channels of it; of gray images 1 needs --set=in_channels=3, and 2 needs 5. "
+        "Left out, 0, or with --init_from as there.")
     _CLASS_NAMES = flags.DEFINE_list("class_names", [], "Of labels 1, 2 and so on, with commas "
                                      "between, for nifti and png; left out, they are numbered.")
 
@@ -208,11 +209,25 @@ def _make_task(config: Any, tokenizer: str | None) -> Task:
                        seed=_SEED.value, image_size=_IMAGE_SIZE.value,
                        heldout=_HELDOUT.value if _HELDOUT.present else None,
                        class_names=_CLASS_NAMES.value, augmentation=_AUGMENT.value,
-                       neighbors=_NEIGHBORS.value,
-                       cache_dir=_CACHE / "volumes")
+                       neighbors=_neighbors(), cache_dir=_CACHE / "volumes")
     _refuse((_DATA, _HELDOUT), "--task=lm and segment")
     return StateTracking(config, seq_len=_SEQ_LEN.value, batch_size=_BATCH_SIZE.value,
                          seed=_SEED.value, eval_batches=_EVAL_BATCHES.value)
+
+
+def _neighbors() -> int:
+    """What the flag says, or the weights to begin with were trained on."""
+    given = _NEIGHBORS.value
+    if _INIT_FROM.value is None:
+        return given or 0
+    files = training.model_files(_INIT_FROM.value)
+    if not (files / volumes.PREPROCESSING).is_file():
+        return given or 0
+    found = volumes.Preprocessing.load(files).neighbors
+    if given not in (None, found):
+        raise ValueError(f"--neighbors={given}: {_INIT_FROM.value} was trained with {found}; leave "
+                         "it out")
+    return found
 
 
 def _refuse(given: Iterable[flags.FlagHolder], owner: str) -> None:

@@ -78,7 +78,8 @@ class Preprocessing:
       window: values, or percentiles of the image, that become 0 and 1; what lies beyond is clipped.
       percentiles: which of both.
       pixel: millimetres; slices are brought to such pixels first, where their spacing is known.
-      neighbors: slices below and above one that a model sees as further channels of it.
+      neighbors: how many slices before one, and after it, a model sees as further channels of it;
+        in the order of the file or files, whatever their distance.
     """
 
     layout: str
@@ -91,7 +92,7 @@ class Preprocessing:
 
     def __post_init__(self):
         if self.neighbors < 0:
-            raise ValueError(f"neighbors {self.neighbors}: there must be at least 0")
+            raise ValueError(f"neighbors {self.neighbors}: it must be at least 0")
 
     def normalize(self, image: np.ndarray) -> np.ndarray:
         """[Z, H, W] or [Z, H, W, C] as float32 in [0, 1]."""
@@ -116,8 +117,8 @@ class Preprocessing:
     def with_neighbors(self, images: np.ndarray, z: int, colors: int) -> np.ndarray:
         """Slice z of a volume's [Z, H, W, C] as a model sees it.
 
-        Returns [H, W, colors * (2 neighbors + 1)]: the slices from below to above; beyond the ends
-        of the volume its last slice stands again. One channel fills all colors.
+        Returns [H, W, colors * (2 neighbors + 1)]: the slices in their order; beyond the ends of
+        the volume its last slice stands again. One channel fills all colors.
         """
         places = np.arange(z - self.neighbors, z + self.neighbors + 1)
         found = [images[place] for place in np.clip(places, 0, len(images) - 1)]
@@ -664,7 +665,9 @@ class Dataset:
         self._prepared: dict[Case, Path | np.ndarray] = {}
         self._places: dict[str, list[tuple[Case, int]]] = {}
         counts, digest, self._colors = {}, hashlib.blake2b(digest_size=16), 1
-        digest.update(json.dumps(preprocessing.to_json()).encode())
+        how = preprocessing.to_json()
+        del how["neighbors"]  # Which slices a model sees beside one is not of the data.
+        digest.update(json.dumps(how).encode())
         for part, cases in parts.items():
             self._places[part], counts[part] = [], np.zeros(256, np.int64)
             for case in cases:
@@ -682,6 +685,9 @@ class Dataset:
                                      "all of them the same ones")
                 self._colors = max(self._colors, colors)
         self.channels = self._colors * (2 * preprocessing.neighbors + 1)
+        if preprocessing.neighbors and all(self.depth(case) == 1 for case in parts["train"]):
+            raise ValueError(f"neighbors {preprocessing.neighbors}: no image of the training part "
+                             "has more than one slice; leave it out")
         largest = int(np.flatnonzero(sum(counts.values()))[-1])
         if not largest:
             raise ValueError(f"data {preprocessing.layout}: no mask has a label besides 0, the "

@@ -31,7 +31,8 @@ def segment(model: Any, images: Any, **options) -> np.ndarray:
     Args:
       model: of kind "segmentation".
       images: floats [N, H, W] or [N, H, W, C], scaled as those it was trained on. Gray ones fill
-        all of the model's channels.
+        all of the model's channels. Slices that it saw beside their neighbors in training are given
+        with them, see `recipes.volumes.Preprocessing.with_neighbors`.
       batch_size: images at a time, by default 8; more where the mesh's devices would have less
         than one each.
       tile: the side of tiles, a multiple of 16; sides up to it are not cut. None, the default:

@@ -21,8 +21,9 @@ from pallas_kernels.dispatch import Target, refuse_other_than_floats
 # Queries and keys of a tile. A sequence of fewer is one tile, without loops or padding.
 BLOCK_Q = 512
 BLOCK_K = 256
-# On CPUs: scores of a tile that stay in the cache, and from which on one head's are enough.
-_CACHED, _ENOUGH = 2**19, 3 * 2**16
+# On CPUs: the most scores of a tile that stay in the cache, and the least of a key head's tile with
+# which heads are taken in turn.
+_CACHED, _IN_TURN = 2**19, 2**17
 
 
 def supports(target, query, key, value, *masks, **options):
@@ -94,7 +95,8 @@ class _Problem:
                  causal, window, softcap, block_q, block_k, dtype):
         b, t, h, k = query.shape
         s, g = key.shape[1:3]
-        self.softcap, self.block_mask = softcap, block_mask
+        self.softcap = softcap
+        self.block_mask = None if block_mask is None else jnp.asarray(block_mask)
         self.shape, self.groups, self.repeat = (b, t, h, k), g, h // g
         self.tiles = _Tiles(t, s, _even(block_q, t), _even(block_k, s), causal, window)
         tiles = self.tiles
@@ -175,7 +177,7 @@ def _forward(*operands, dtype, **options):
             scores = problem.scores(q, j)
             seen = problem.seen(i, j, by_place=by_place)
             scores = problem.mask(scores, seen, MASKED)
-            new = jnp.max(scores, axis=-1)
+            new = jnp.max(scores, axis=-1, initial=MASKED)
             if carry is not None:
                 new = jnp.maximum(carry[0], new)
             weights = jnp.exp(scores - new[..., None])
@@ -266,7 +268,7 @@ def _backward(*operands_and_rows, dtype, **options):
 
 def _in_turn(run):
     """`run` for one key head after another where `in_turn`, else for all at once."""
-    def mapped(*operands, in_turn, **options):
+    def by_heads(*operands, in_turn, **options):
         if not in_turn:
             return run(*operands, **options)
         query, key, value, query_segments, key_segments, block_mask, *rows = operands
@@ -282,18 +284,17 @@ def _in_turn(run):
             x = jnp.moveaxis(x.reshape(b, g, *x.shape[2:]), 1, 2)
             return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
-        segments = () if query_segments is None else [
-            jnp.repeat(x, g, axis=0)[:, None] for x in (query_segments, key_segments)]
+        segments = jax.tree.map(lambda x: jnp.repeat(x, g, axis=0)[:, None],
+                                [query_segments, key_segments])
 
         def turn(parts):
             (query, key, value, *rows), segments = parts
-            return run(query, key, value, *(segments or (None, None)), block_mask, *rows,
-                       **options)
+            return run(query, key, value, *segments, block_mask, *rows, **options)
 
         return jax.tree.map(join, lax.map(turn, (
             [cut(x) for x in (query, key, value, *rows)], segments)))
 
-    return mapped
+    return by_heads
 
 
 _attention = differentiable(_in_turn(_forward), _in_turn(_backward))
@@ -302,13 +303,19 @@ _attention = differentiable(_in_turn(_forward), _in_turn(_backward))
 def attention(*operands, causal, block_q=None, block_k=None, **options):
     """See `pallas_kernels.attention.attention`.
 
-    Tiles are of `BLOCK_Q` and `BLOCK_K` where no others are given and the cache asks for none.
+    Where no tiles are given they are of `BLOCK_Q` and `BLOCK_K`. On CPUs they are larger if nothing
+    is causal and a tile of all heads, or of the one whose turn it is, stays in the cache; under a
+    diagonal smaller ones save more than they cost.
     """
     (b, t, h, _), (_, s, g, _) = (x.shape for x in operands[:2])
     in_turn = False
-    # Under a diagonal smaller tiles save more than they cost.
-    if not causal and block_q is block_k is None and Target.ambient().platform == "cpu":
-        block_q, block_k = (t, s) if t * s * (h // g) <= _CACHED else (BLOCK_Q, BLOCK_Q)
-        in_turn = b * g > 1 and min(t, block_q) * min(s, block_k) * (h // g) >= _ENOUGH
+    if not causal and block_q is None and block_k is None and Target.ambient().platform == "cpu":
+        per_pair = h // g
+        tile = (t, s) if t * s * per_pair <= _CACHED else (min(t, BLOCK_Q), min(s, BLOCK_Q))
+        scores = math.prod(tile) * per_pair
+        in_turn = scores >= _IN_TURN
+        # A batch of unknown size is exported for any.
+        if in_turn or (isinstance(b, int) and b * g * scores <= _CACHED):
+            block_q, block_k = tile
     return _attention(*operands, causal=causal, block_q=block_q or BLOCK_Q,
                       block_k=block_k or BLOCK_K, in_turn=in_turn, **options)

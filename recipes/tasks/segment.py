@@ -140,8 +140,10 @@ class Segment:
 
     def describe(self) -> dict[str, Any]:
         """See `Task`."""
+        how = self._data.preprocessing
         return {"data": {"spec": self._spec, "fingerprint": self._data.fingerprint,
-                         "image_size": self._data.preprocessing.image_size},
+                         "image_size": how.image_size,
+                         **({"neighbors": how.neighbors} if how.neighbors else {})},
                 "tokenizer": None, "task": {"name": "segment", "augmentation": self._augmentation}}
 
     def keep(self, folder: Path) -> None:

@@ -95,16 +95,18 @@ def test_many_tiles(options, tiles, segments):
 
 
 @pytest.mark.parametrize("tile", [5, 16])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("segments", [False, True], ids=["", "segments"])
-def test_heads_in_turn(softcap, segments, tile, monkeypatch):
+@pytest.mark.parametrize(("shapes", "options"), [
+    ({}, {}), ({"segments": True}, {"softcap": 2.0}), ({"s": 9}, {}),
+    ({}, {"block_mask": np.array([[1, 0], [1, 1]], bool)})], ids=str)
+def test_heads_in_turn(shapes, options, tile, monkeypatch):
     """Four key heads of two rows of the batch, one after the other, in one tile or several."""
-    for name, value in (("_CACHED", 2 * tile**2), ("_ENOUGH", 0), ("BLOCK_Q", tile)):
+    for name, value in (("_CACHED", 2 * tile**2), ("_IN_TURN", 0), ("BLOCK_Q", tile)):
         monkeypatch.setattr(xla, name, value)
-    arrays, ids = operands(2, 13, 4, 2, 4, 3, segments=segments)
-    options = {"scale": 0.5, "causal": False, "softcap": softcap}
+    arrays, ids = operands(2, 12, 4, 2, 4, 3, **shapes)
+    options = {"scale": 0.5, "causal": False, **options}
     op = functools.partial(attention, **options)
-    assert str(jax.make_jaxpr(lambda *x: op(*x))(*arrays[:3])).count("length=4") == 1
+    program = jax.make_jaxpr(lambda *x: op(*x))(*arrays[:3])
+    assert str(program).count("length=4") == 1
     assert_close(results(op, arrays, ids), expected(arrays, ids, **options))
 
 

@@ -16,7 +16,7 @@ from recipes.optimizer import Optimizer
 from recipes.scores import score
 from recipes.tasks import segment
 from recipes.tasks.segment import Segment
-from recipes.volumes import Preprocessing, read_volume
+from recipes.volumes import PREPROCESSING, Preprocessing, read_volume
 from tests.recipes.test_resume import restore
 from tests.recipes.test_volumes import example, write_nifti, write_pictures
 from tests.tolerances import EXACT, assert_close
@@ -378,7 +378,7 @@ def test_neighbors_are_channels():
     with pytest.raises(ValueError, match="in_channels 1: the images have 3 channels with "
                                          "neighbors=1; give --set=in_channels=3, or fewer"):
         Segment(CONFIG, neighbors=1)
-    with pytest.raises(ValueError, match="neighbors -1: there must be at least 0"):
+    with pytest.raises(ValueError, match="neighbors -1: it must be at least 0"):
         Segment(config, neighbors=-1)
     task, alone = Segment(config, neighbors=1, augmentation="none"), Segment(CONFIG)
     assert task.batch(0, np.arange(2))["images"].shape == (2, SIDE, SIDE, 3)
@@ -390,6 +390,27 @@ def test_neighbors_are_channels():
         for channel, other in enumerate((max(z - 1, 0), z, min(z + 1, depth - 1))):
             np.testing.assert_array_equal(image[..., channel],
                                           plain.slice("train", other)[0][..., 0])
+
+
+def test_neighbors_need_volumes(tmp_path):
+    write_pictures(tmp_path, colors=1)
+    config = override(CONFIG, {"in_channels": 3, "num_classes": 2})
+    with pytest.raises(ValueError, match="neighbors 1: no image .* has more than one slice"):
+        Segment(config, data=f"png:{tmp_path}", image_size=16, neighbors=1)
+
+
+def test_neighbors_are_those_of_the_weights_to_begin_with(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    zoo.save(zoo.build(CONFIG), tmp_path / "model")
+    Segment(override(CONFIG, {"in_channels": 3}), neighbors=1).keep(tmp_path)
+    shutil.copy(tmp_path / segment.FOLDER / PREPROCESSING, tmp_path / "model")
+    begun = ["train", f"--init_from={tmp_path / 'model'}", "--mesh=data:1",
+             f"--workdir={tmp_path / 'a'}"]
+    assert command.execute(train.main, [*begun, "--neighbors=2"]) == 2
+    assert "was trained with 1; leave it out" in capsys.readouterr().err
+    # The model has fewer channels than its record says.
+    assert command.execute(train.main, begun) == 2
+    assert "3 channels with neighbors=1" in capsys.readouterr().err
 
 
 def test_gray_images_fill_all_channels_of_a_model(tmp_path):

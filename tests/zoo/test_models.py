@@ -144,7 +144,7 @@ def test_eight_devices_equal_one(name, explicit):
     mesh = sharding.mesh(tiny.MESH, explicit=explicit)
     with sharding.use(mesh, sharding.rules("fsdp_tp")):
         sharded = loss_and_gradients(config, mesh, stacked=True)
-    assert_close(sharded, on_one_device(config), 3 * EQUAL)
+    assert_close(sharded, on_one_device(config), (3 if "xlstm" in name else 1) * EQUAL)
 
 
 @FORMS
