@@ -293,6 +293,15 @@ def test_preprocessing_is_kept(tmp_path):
         Preprocessing.load(tmp_path)
 
 
+def test_neighbors_are_of_slices_that_there_are():
+    p, images = Preprocessing("phantoms", ("background",), 4, (0.0, 1.0), neighbors=1), np.ones(
+        (3, 4, 4, 1), np.float32)
+    assert p.with_neighbors(images, 2, 1).shape == (4, 4, 3)
+    for wrong, z in ((images[..., 0], 0), (images, 3), (np.ones((3, 4, 4, 2)), 0)):
+        with pytest.raises(ValueError, match=r"images must be \[Z, H, W, C\] with 1 channels"):
+            p.with_neighbors(wrong, z, 1)
+
+
 def test_prepared_slices_are_found_again(tmp_path, monkeypatch):
     for i in range(4):
         write_pair(tmp_path / f"n/x{i}", i)
