@@ -123,9 +123,9 @@ class Preprocessing:
         Raises ValueError for images or a z that are none.
         """
         if images.ndim != 4 or images.shape[3] not in (1, colors) or not 0 <= z < len(images):
+            counts = " or ".join(map(str, sorted({1, colors})))
             raise ValueError(f"images are {images.shape} and z is {z}; images must be [Z, H, W, C] "
-                             f"with {' or '.join(map(str, sorted({1, colors})))} channels, and z one "
-                             "of their slices")
+                             f"with {counts} channels, and z one of their slices")
         places = np.arange(z - self.neighbors, z + self.neighbors + 1)
         found = [images[place] for place in np.clip(places, 0, len(images) - 1)]
         return np.concatenate([np.broadcast_to(x, (*x.shape[:2], colors)) for x in found], -1)
