@@ -324,8 +324,6 @@ class _Run:
         ids = self.task.ids(step)
         names = [name for name, good in zip(training.finite_names(self.program), finite,
                                             strict=True) if not good]
-        # What is made of bad gradients is no news.
-        names = [name for name in names if not name.startswith(training.UPDATE)] or names
         self.checkpointer.wait()  # A save still under way is not listed yet.
         if step not in self.checkpointer.steps():
             self._save(state, step, evaluated=True, wait=True)
@@ -359,10 +357,8 @@ class _Run:
         found = nonfinite.find(compute, inputs,
                                {"params": initial, "base": base, "batch": sound},
                                program.replicated)
-        if found is None:  # Then it is in what the optimizer makes of the gradients.
-            gradients, statistics = jax.jit(compute)(**inputs)[3:]
-            update = training.make_update(program, zoo.protocol.axes(model))
-            inputs = {"gradients": gradients, "statistics": statistics, "state": state}
-            found = nonfinite.find(update, inputs, jax.tree.map(jnp.zeros_like, inputs),
-                                   program.replicated)
+        if found is None:  # Then a gradient is finite, but not its square.
+            inputs = {"gradients": jax.jit(compute)(**inputs)[3]}
+            found = nonfinite.find(training.squared_norms, inputs,
+                                   jax.tree.map(jnp.zeros_like, inputs), program.replicated)
         return found or "none when computed one by one, so it overflowed within a fused operation"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -13,6 +14,9 @@ from optax import contrib
 LEARNING_RATES = {"adamw": 1e-3, "lion": 2e-4, "muon": 0.02, "sgd": 0.01}
 SCHEDULES = ("cosine", "linear", "poly", "wsd", "constant")
 _WSD_DECAY = 0.2  # Of all steps, the last ones, in which `wsd` falls.
+# Up to these, what an update makes of finite numbers is finite: a gradient whose square does not
+# overflow is below 2e19, and weight decay turns no weight's sign.
+_LARGEST_RATE, _LARGEST_DECAY = 1e15, 1.0
 _HEADS = ("heads", "kv_heads")
 
 
@@ -23,14 +27,14 @@ class Optimizer:
     Attributes:
       name: adamw (arXiv:1711.05101), lion (arXiv:2302.06675), muon (arXiv:2502.16982): Muon on the
         matrices of the blocks, AdamW on all else; or sgd, with momentum 0.9.
-      learning_rate: the peak; None for the optimizer's own default.
+      learning_rate: the peak, at most 1e15; None for the optimizer's own default.
       adam_learning_rate: the peak for the parameters that muon leaves to AdamW.
       schedule: after the warm-up, cosine, linear or poly (to the power of 0.9) to 0, wsd (constant,
         then linear to 0 in the last fifth), or constant.
       warmup_steps: steps in which the learning rate climbs from 0 to its peak.
       steps: of the whole run.
       weight_decay: times the learning rate, on matrices only (see `decays`); with muon on its own,
-        with sgd through the momentum, as a part of the gradient.
+        with sgd through the momentum, as a part of the gradient. At most 1 over these rates.
       grad_clip: gradients of a larger global norm are scaled down to it; None: not.
     """
 
@@ -51,8 +55,15 @@ class Optimizer:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.name])
         for name in ("learning_rate", "adam_learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)}: it must be above 0, and finite")
+            rate = getattr(self, name)
+            if not 0 < rate <= _LARGEST_RATE:
+                raise ValueError(
+                    f"{name} {rate}: it must be above 0, and at most {_LARGEST_RATE:g}")
+            if self.weight_decay * rate > _LARGEST_DECAY and name in self._rates:
+                raise ValueError(
+                    f"weight_decay {self.weight_decay}: times the {name} {rate} it must be at most "
+                    f"{_LARGEST_DECAY:g}, that is, {_LARGEST_DECAY / rate:g}; more would turn the "
+                    "sign of every weight")
         for name in ("warmup_steps", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)}: it must be 0 or more, and finite")
@@ -62,9 +73,9 @@ class Optimizer:
             raise ValueError(f"grad_clip {self.grad_clip}: it must be above 0, or none")
 
     @property
-    def is_elementwise(self) -> bool:
-        """Whether an update, but for clipping, is cheap: a few operations on each number."""
-        return self.name != "muon"
+    def _rates(self) -> tuple[str, ...]:
+        """The rates that this optimizer has."""
+        return ("learning_rate", "adam_learning_rate")[: 1 + (self.name == "muon")]
 
     def learning_rates(self) -> Callable[[Any], Any]:
         """step -> learning rate."""
@@ -92,7 +103,12 @@ class Optimizer:
                 muon_weight_dimension_numbers=map_axes(muon_dimensions, axes))
         if self.grad_clip is None:
             return update
-        return optax.chain(optax.clip_by_global_norm(self.grad_clip), update)
+        return optax.chain(optax.stateless(self._clip), update)
+
+    def _clip(self, gradients: Any, params: Any) -> Any:
+        """One factor for all: optax divides each number, and XLA keeps the quotients."""
+        factor = jnp.minimum(1.0, self.grad_clip / optax.tree.norm(gradients))
+        return jax.tree.map(lambda g: factor.astype(g.dtype) * g, gradients)
 
 
 def schedule(name: str, peak: float, steps: int, warmup_steps: int) -> optax.Schedule:

@@ -31,7 +31,6 @@ from zoo.registry import check_kind
 # (model, batch, key, train) -> (sum, weight, statistics, running statistics), as a task's `loss`.
 Loss = Callable[..., tuple[jax.Array, jax.Array, dict[str, jax.Array], Mapping[str, Any]]]
 State = dict[str, Any]
-UPDATE = "the update of "  # What `finite_names` says before a parameter's path.
 # Of the state's layout on disk and of what `describe_run` gives.
 FORMAT_VERSION = 1
 BASE = "base"  # The directory in a workdir that holds what adapters stand on.
@@ -201,35 +200,20 @@ def _place(shapes: Any, params: Any, replicated: NamedSharding) -> Any:
 
 
 def finite_names(program: Program) -> list[str]:
-    """What the flags in the metrics' "finite" stand for: loss, gradients, what an update makes."""
-    state, _ = _divide(program.abstract_state())
-    gradients = _by_parameter({"params": zoo.protocol.divide(state["params"])[0]})
-    return ["the loss", *(f"the gradient of {path}" for path in gradients),
-            *(UPDATE + path for path in _by_parameter(state))]
+    """What the flags in the metrics' "finite" stand for: loss, gradients, running statistics."""
+    gradients, statistics = zoo.protocol.divide(program.abstract_state()["params"])
+    return ["the loss", *(f"the gradient of {path}" for path in _paths(gradients)),
+            *(f"the running statistic {path}" for path in _paths(statistics))]
+
+
+def _paths(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _divide(state: State) -> tuple[State, Any]:
     """What a step changes of a state, and the base."""
     return {name: part for name, part in state.items() if name != "base"}, state["base"]
-
-
-def _by_parameter(state: State) -> dict[str, list[Any]]:
-    """A state's numbers by the path of the parameter whose shape they share, else by their own."""
-    known = dict(jax.tree_util.tree_leaves_with_path(state["params"]))
-    found: dict[str, list[Any]] = {}
-    for path, x in jax.tree_util.tree_leaves_with_path(state):
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            ends = (path[i:] for i in range(len(path)))
-            name = next((p for p in ends if p in known and known[p].shape == x.shape), path)
-            found.setdefault(jax.tree_util.keystr(name, simple=True, separator="/"), []).append(x)
-    return found
-
-
-def all_finite(state: State) -> list[jax.Array]:
-    """Whether all of a state's numbers that belong to a parameter are finite, for each of these."""
-    # In one pass over what has the same shape.
-    return [jnp.all(functools.reduce(jnp.logical_and, map(jnp.isfinite, arrays)))
-            for arrays in _by_parameter(state).values()]
 
 
 def make_step(program: Program) -> Callable:
@@ -242,9 +226,9 @@ def make_step(program: Program) -> Callable:
       weight: their divisor, such as the number of labels.
       grad_norm: before clipping.
       learning_rate.
-      finite: bool [1 + gradients + updates], see `finite_names`. If any is False the state is left
-        as it was, running statistics too, and because its step then lags behind the batches', so
-        do all later steps.
+      finite: bool [1 + gradients + statistics], see `finite_names`. If any is False the state is
+        left as it was, running statistics too, and because its step then lags behind the batches',
+        so do all later steps. What an `Optimizer` makes of finite gradients is finite.
       stop: whether any process was asked to.
     """
     model = program.model()
@@ -258,22 +242,16 @@ def make_step(program: Program) -> Callable:
         index, stop = jnp.max(signals[:, 0]), jnp.max(signals[:, 1])
         loss, weight, stats, gradients, statistics = differentiate(
             state["params"], batch, step_key(program, index), base)
-        # A sum of squares is finite where the gradient is, unless it is too large to be clipped.
-        squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
-        new = update(gradients, statistics, state)
-        finite = jnp.stack([jnp.isfinite(loss), *map(jnp.isfinite, squares), *all_finite(new)])
+        squares = squared_norms(gradients)
+        finite = jnp.stack([jnp.isfinite(loss), *map(jnp.isfinite, squares), *(
+            jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(statistics))])
         metrics = {
             "loss": loss, **stats, "weight": weight, "grad_norm": jnp.sqrt(sum(squares)),
             "learning_rate": jnp.asarray(rates(index), jnp.float32),
             "finite": finite, "stop": stop,
         }
-        good = jnp.all(finite) & (index == state["step"])
-        if program.optimizer.is_elementwise:
-            # Computed twice: to be looked at, and then into the place of the old state. Computed
-            # once it would have to be kept in between, and the step took 7% longer.
-            new = jax.lax.cond(good, update, lambda *old: old[-1], gradients, statistics, state)
-        else:
-            new = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+        new = jax.lax.cond(jnp.all(finite) & (index == state["step"]), update,
+                           lambda *old: old[-1], gradients, statistics, state)
         return {**new, "base": base}, metrics
 
     layout = _layout(program.abstract_state())
@@ -281,6 +259,11 @@ def make_step(program: Program) -> Callable:
         step, donate_argnums=0,
         in_shardings=(layout, program.batch_sharding, signal_sharding(program.mesh)),
         out_shardings=(layout, program.replicated))
+
+
+def squared_norms(gradients: Any) -> list[jax.Array]:
+    """Each one's: finite where the gradient is, unless it is too large to be clipped."""
+    return [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
 
 
 def make_update(program: Program, axes: Any) -> Callable:
