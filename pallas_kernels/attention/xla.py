@@ -27,6 +27,8 @@ _CACHED, _IN_TURN = 2**19, 2**17
 # Up to this width XLA multiplies the transpose of a tile on CPUs faster from the right: a backward
 # pass at width 12 takes 0.6 times as long, at 64 more. In bfloat16 it cannot (jax 0.10).
 _NARROW = 32
+# On CPUs products are as fast for so many columns as for fewer: one more, of ones, sums weights.
+_COLUMNS = 16
 
 
 def supports(target, query, key, value, *masks, **options):
@@ -169,8 +171,13 @@ class _Problem:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
-def _forward(*operands, dtype, **options):
-    problem = _Problem(*operands, dtype=dtype, **options)
+def _forward(query, key, value, *masks, dtype, sum_in_product, **options):
+    width = value.shape[-1]
+    if sum_in_product:
+        ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
+        value = jnp.concatenate([value, ones], axis=-1)
+        value = jnp.pad(value, [(0, 0)] * 3 + [(0, -(width + 1) % _COLUMNS)])
+    problem = _Problem(query, key, value, *masks, dtype=dtype, **options)
     tiles = problem.tiles
 
     def row(i):
@@ -187,25 +194,27 @@ def _forward(*operands, dtype, **options):
             if seen is not None and problem.by_data:
                 # Where a row has seen nothing yet, exp(MASKED - MASKED) is 1.
                 weights = problem.mask(weights, seen, 0.0)
-            l = jnp.sum(weights, axis=-1)
             o = jnp.einsum("bgns,bgsv->bgnv", weights.astype(problem.v.dtype), problem.v[j],
                            preferred_element_type=jnp.float32)
+            sums = (o,) if sum_in_product else (o, jnp.sum(weights, axis=-1, keepdims=True))
             if carry is None:
-                return new, l, o
-            shrink = jnp.exp(carry[0] - new)
-            return new, carry[1] * shrink + l, carry[2] * shrink[..., None] + o
+                return new, sums
+            shrink = jnp.exp(carry[0] - new)[..., None]
+            return new, jax.tree.map(lambda old, x: old * shrink + x, carry[1], sums)
 
         inside = functools.partial(visit, by_place=False)
         edge = functools.partial(visit, by_place=True)
         if tiles.nk == 1:
-            m, l, o = edge(0, None)
+            m, (o, *l) = edge(0, None)
         else:
+            columns = (problem.v.shape[-1],) if sum_in_product else (width, 1)
             carry = (jnp.full(q.shape[:-1], MASKED, jnp.float32),
-                     jnp.zeros(q.shape[:-1], jnp.float32),
-                     jnp.zeros((*q.shape[:-1], problem.v.shape[-1]), jnp.float32))
+                     tuple(jnp.zeros((*q.shape[:-1], n), jnp.float32) for n in columns))
             start, whole, end = tiles.keys(i)
-            m, l, o = lax.fori_loop(whole, end, edge, lax.fori_loop(start, whole, inside, carry))
-        return (o / jnp.where(l > 0, l, 1.0)[..., None]).astype(dtype), m, l
+            m, (o, *l) = lax.fori_loop(whole, end, edge, lax.fori_loop(start, whole, inside, carry))
+        l = l[0] if l else o[..., width : width + 1]
+        o = o[..., :width] / jnp.where(l > 0, l, 1.0)
+        return o.astype(dtype), m, l[..., 0]
 
     if tiles.nq == 1:
         o, m, l = jax.tree.map(lambda x: x[None], row(0))
@@ -214,7 +223,7 @@ def _forward(*operands, dtype, **options):
     return problem.unrows(o), problem.unrows(m), problem.unrows(l)
 
 
-def _backward(*operands_and_rows, dtype, **options):
+def _backward(*operands_and_rows, dtype, sum_in_product, **options):
     *operands, lse, delta, d_o = operands_and_rows
     problem = _Problem(*operands, dtype=dtype, **options)
     tiles, kind = problem.tiles, operands[1].dtype
@@ -320,8 +329,12 @@ def attention(*operands, causal, block_q=None, block_k=None, **options):
     diagonal smaller ones save more than they cost.
     """
     (b, t, h, _), (_, s, g, _) = (x.shape for x in operands[:2])
+    platform, value = Target.ambient().platform, operands[2]
+    # Not for single rows, for which values are copied only once.
+    sum_in_product = (platform == "cpu" and value.dtype == jnp.float32 and t >= _COLUMNS
+                      and value.shape[-1] % _COLUMNS != 0 and value.shape[-1] < _NARROW)
     in_turn = False
-    if not causal and block_q is None and block_k is None and Target.ambient().platform == "cpu":
+    if not causal and block_q is None and block_k is None and platform == "cpu":
         per_pair = h // g
         tile = (t, s) if t * s * per_pair <= _CACHED else (min(t, BLOCK_Q), min(s, BLOCK_Q))
         scores = math.prod(tile) * per_pair
@@ -330,4 +343,5 @@ def attention(*operands, causal, block_q=None, block_k=None, **options):
         if in_turn or (isinstance(b, int) and b * g * scores <= _CACHED):
             block_q, block_k = tile
     return _attention(*operands, causal=causal, block_q=block_q or BLOCK_Q,
-                      block_k=block_k or BLOCK_K, in_turn=in_turn, **options)
+                      block_k=block_k or BLOCK_K, in_turn=in_turn,
+                      sum_in_product=sum_in_product, **options)
