@@ -23,7 +23,7 @@ BLOCK_Q = 512
 BLOCK_K = 256
 # On CPUs: the most scores of a tile that stay in the cache, and the least of a key head's tile with
 # which heads are taken in turn.
-_CACHED, _IN_TURN = 2**19, 2**17
+_CACHED, _IN_TURN = 2**20, 2**17
 # Up to this width XLA multiplies the transpose of a tile on CPUs faster from the right: a backward
 # pass at width 12 takes 0.6 times as long, at 64 more. In bfloat16 it cannot (jax 0.10).
 _NARROW = 32
@@ -336,7 +336,7 @@ def attention(*operands, causal, block_q=None, block_k=None, **options):
     in_turn = False
     if not causal and block_q is None and block_k is None and platform == "cpu":
         per_pair = h // g
-        tile = (t, s) if t * s * per_pair <= _CACHED else (min(t, BLOCK_Q), min(s, BLOCK_Q))
+        tile = (t, s) if t * s * per_pair <= _CACHED else (min(t, BLOCK_Q), min(s, 8 * BLOCK_K))
         scores = math.prod(tile) * per_pair
         in_turn = scores >= _IN_TURN
         # A batch of unknown size is exported for any.
