@@ -71,7 +71,8 @@ def train(program: training.Program, task: Task, batch_size: int, schedule: Sche
     Raises:
       ValueError: `folder` holds another run, or sizes do not fit the mesh.
       OSError: `folder` cannot be written.
-      RuntimeError: a loss, a gradient or an update is not finite, or another process is gone.
+      RuntimeError: a loss, a gradient or a running statistic is not finite, or another process is
+        gone.
     """
     with contextlib.ExitStack() as exits:
         exits.enter_context(sharding.use(program.mesh, program.rules))
@@ -161,6 +162,9 @@ class _Run:
         if first is None:
             given = self.source and self.source.load(self.program)
             first, state = 0, self.program.init(given)
+            if self.source and (bad := training.not_finite(state)):
+                raise ValueError(f"{self.source.directory}: {bad[0]} holds numbers that are not "
+                                 "finite, and training would spread them; mend these weights")
             training.save_base(self.folder, self.program, state, self.record)
             if self.source:
                 trained, base = (sum(x.size for x in jax.tree.leaves(part)) for part in (

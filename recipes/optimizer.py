@@ -14,9 +14,9 @@ from optax import contrib
 LEARNING_RATES = {"adamw": 1e-3, "lion": 2e-4, "muon": 0.02, "sgd": 0.01}
 SCHEDULES = ("cosine", "linear", "poly", "wsd", "constant")
 _WSD_DECAY = 0.2  # Of all steps, the last ones, in which `wsd` falls.
-# Up to these, what an update makes of finite numbers is finite: a gradient whose square does not
+# With these limits an update of finite numbers is finite, since a gradient whose square does not
 # overflow is below 2e19, and weight decay turns no weight's sign.
-_LARGEST_RATE, _LARGEST_DECAY = 1e15, 1.0
+_LARGEST, _SMALLEST_CLIP = 1e15, 1e-15
 _HEADS = ("heads", "kv_heads")
 
 
@@ -34,8 +34,8 @@ class Optimizer:
       warmup_steps: steps in which the learning rate climbs from 0 to its peak.
       steps: of the whole run.
       weight_decay: times the learning rate, on matrices only (see `decays`); with muon on its own,
-        with sgd through the momentum, as a part of the gradient. At most 1 over these rates.
-      grad_clip: gradients of a larger global norm are scaled down to it; None: not.
+        with sgd through the momentum, as a part of the gradient. At most 1 over the learning rate.
+      grad_clip: gradients of a larger global norm are scaled down to it, 1e-15 to 1e15; None: not.
     """
 
     name: str = "adamw"
@@ -55,27 +55,22 @@ class Optimizer:
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", LEARNING_RATES[self.name])
         for name in ("learning_rate", "adam_learning_rate"):
-            rate = getattr(self, name)
-            if not 0 < rate <= _LARGEST_RATE:
-                raise ValueError(
-                    f"{name} {rate}: it must be above 0, and at most {_LARGEST_RATE:g}")
-            if self.weight_decay * rate > _LARGEST_DECAY and name in self._rates:
-                raise ValueError(
-                    f"weight_decay {self.weight_decay}: times the {name} {rate} it must be at most "
-                    f"{_LARGEST_DECAY:g}, that is, {_LARGEST_DECAY / rate:g}; more would turn the "
-                    "sign of every weight")
+            if not 0 < getattr(self, name) <= _LARGEST:
+                raise ValueError(f"{name} {getattr(self, name)}: it must be above 0, and at most "
+                                 f"{_LARGEST:g}")
         for name in ("warmup_steps", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)}: it must be 0 or more, and finite")
         if self.steps < 1:
             raise ValueError(f"steps {self.steps}: it must be at least 1")
-        if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:
-            raise ValueError(f"grad_clip {self.grad_clip}: it must be above 0, or none")
-
-    @property
-    def _rates(self) -> tuple[str, ...]:
-        """The rates that this optimizer has."""
-        return ("learning_rate", "adam_learning_rate")[: 1 + (self.name == "muon")]
+        largest = min(1 / self.learning_rate, _LARGEST)
+        if self.weight_decay > largest:
+            raise ValueError(f"weight_decay {self.weight_decay}: it must be at most {largest}, 1 "
+                             f"over the learning rate {self.learning_rate}; more would turn the "
+                             "sign of every matrix")
+        if self.grad_clip is not None and not _SMALLEST_CLIP <= self.grad_clip <= _LARGEST:
+            raise ValueError(f"grad_clip {self.grad_clip}: it must be {_SMALLEST_CLIP:g} to "
+                             f"{_LARGEST:g}, or none")
 
     def learning_rates(self) -> Callable[[Any], Any]:
         """step -> learning rate."""

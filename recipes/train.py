@@ -115,7 +115,8 @@ with command.group("Optimization"):
                                     "poly (to the power of 0.9) to 0, wsd (constant, then linear "
                                     "to 0), or constant.")
     _WARMUP = flags.DEFINE_integer("warmup_steps", 50, "Steps up to the peak.")
-    _WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "On matrices, times the learning rate.")
+    _WEIGHT_DECAY = flags.DEFINE_float("weight_decay", 0.1, "On matrices, times the learning rate; "
+                                       "at most 1 over that.")
     _GRAD_CLIP = flags.DEFINE_float("grad_clip", 1.0, "Largest gradient norm; 0 for any.")
     _ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "Microbatches a step is computed in.")
     _EMA = flags.DEFINE_float("ema", 0.0, "Decay of an average of the parameters, which is then "

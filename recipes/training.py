@@ -211,6 +211,14 @@ def _paths(tree: Any) -> list[str]:
             for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def not_finite(state: State) -> list[str]:
+    """The paths of what a state begins with, adapters' base included, that is inf or nan."""
+    given = [state["params"], state["base"]]
+    good = jax.jit(lambda trees: [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(trees)])(given)
+    paths = [path for tree in given for path in _paths(tree)]
+    return [path for path, fine in zip(paths, good, strict=True) if not fine]
+
+
 def _divide(state: State) -> tuple[State, Any]:
     """What a step changes of a state, and the base."""
     return {name: part for name, part in state.items() if name != "base"}, state["base"]
@@ -228,7 +236,8 @@ def make_step(program: Program) -> Callable:
       learning_rate.
       finite: bool [1 + gradients + statistics], see `finite_names`. If any is False the state is
         left as it was, running statistics too, and because its step then lags behind the batches',
-        so do all later steps. What an `Optimizer` makes of finite gradients is finite.
+        so do all later steps. What an `Optimizer` makes of finite gradients and a finite state is
+        finite.
       stop: whether any process was asked to.
     """
     model = program.model()
@@ -243,7 +252,9 @@ def make_step(program: Program) -> Callable:
         loss, weight, stats, gradients, statistics = differentiate(
             state["params"], batch, step_key(program, index), base)
         squares = squared_norms(gradients)
-        finite = jnp.stack([jnp.isfinite(loss), *map(jnp.isfinite, squares), *(
+        # Small enough to be added up, too.
+        largest = jnp.finfo(jnp.float32).max / len(squares)
+        finite = jnp.stack([jnp.isfinite(loss), *(x <= largest for x in squares), *(
             jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(statistics))])
         metrics = {
             "loss": loss, **stats, "weight": weight, "grad_norm": jnp.sqrt(sum(squares)),
@@ -263,7 +274,7 @@ def make_step(program: Program) -> Callable:
 
 def squared_norms(gradients: Any) -> list[jax.Array]:
     """Each one's: finite where the gradient is, unless it is too large to be clipped."""
-    return [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)]
+    return [jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(gradients)]
 
 
 def make_update(program: Program, axes: Any) -> Callable:

@@ -24,11 +24,12 @@ BLOCK_K = 256
 # On CPUs: the most scores of a tile that stay in the cache, and the least of a key head's tile with
 # which heads are taken in turn.
 _CACHED, _IN_TURN = 2**20, 2**17
-# Up to this width XLA multiplies the transpose of a tile on CPUs faster from the right: a backward
-# pass at width 12 takes 0.6 times as long, at 64 more. In bfloat16 it cannot (jax 0.10).
+# On CPUs, in float32: up to this width XLA multiplies the transpose of a tile faster from the right
+# (a backward pass at width 12 takes 0.6 times as long, at 64 more; bfloat16 fails there, jax 0.10).
 _NARROW = 32
-# On CPUs products are as fast for so many columns as for fewer: one more, of ones, sums weights.
-_COLUMNS = 16
+# And products are as fast for so many columns as for fewer: one more, of ones, sums the weights.
+# With fewer query rows than these the copy of the values, to add it, costs more.
+_COLUMNS, _ROWS = 16, 16
 
 
 def supports(target, query, key, value, *masks, **options):
@@ -171,8 +172,10 @@ class _Problem:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
-def _forward(query, key, value, *masks, dtype, sum_in_product, **options):
+def _forward(query, key, value, *masks, dtype, on_cpu, **options):
     width = value.shape[-1]
+    sum_in_product = (on_cpu and width < _NARROW and width % _COLUMNS != 0
+                      and query.shape[1] >= _ROWS)
     if sum_in_product:
         ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
         value = jnp.concatenate([value, ones], axis=-1)
@@ -223,7 +226,7 @@ def _forward(query, key, value, *masks, dtype, sum_in_product, **options):
     return problem.unrows(o), problem.unrows(m), problem.unrows(l)
 
 
-def _backward(*operands_and_rows, dtype, sum_in_product, **options):
+def _backward(*operands_and_rows, dtype, on_cpu, **options):
     *operands, lse, delta, d_o = operands_and_rows
     problem = _Problem(*operands, dtype=dtype, **options)
     tiles, kind = problem.tiles, operands[1].dtype
@@ -233,7 +236,7 @@ def _backward(*operands_and_rows, dtype, sum_in_product, **options):
     def over_queries(x):
         """(i, tile [B, G, R * bq, bk]) -> the product of its transpose and x[i], [B, G, bk, D]."""
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        if x.shape[-1] > _NARROW or x.dtype != jnp.float32:
+        if not on_cpu or x.shape[-1] > _NARROW:
             return lambda i, tile: product("bgns,bgnd->bgsd", tile, x[i])
         x = jnp.swapaxes(x, -1, -2)
         return lambda i, tile: jnp.swapaxes(product("bgdn,bgns->bgds", x[i], tile), -1, -2)
@@ -329,14 +332,11 @@ def attention(*operands, causal, block_q=None, block_k=None, **options):
     diagonal smaller ones save more than they cost.
     """
     (b, t, h, _), (_, s, g, _) = (x.shape for x in operands[:2])
-    platform, value = Target.ambient().platform, operands[2]
-    # Not for single rows, for which values are copied only once.
-    sum_in_product = (platform == "cpu" and value.dtype == jnp.float32 and t >= _COLUMNS
-                      and value.shape[-1] % _COLUMNS != 0 and value.shape[-1] < _NARROW)
-    in_turn = False
-    if not causal and block_q is None and block_k is None and platform == "cpu":
+    in_turn, on_cpu = False, Target.ambient().platform == "cpu"
+    if not causal and block_q is None and block_k is None and on_cpu:
         per_pair = h // g
-        tile = (t, s) if t * s * per_pair <= _CACHED else (min(t, BLOCK_Q), min(s, 8 * BLOCK_K))
+        tile = (t, s) if t * s * per_pair <= _CACHED else (
+            bq := min(t, BLOCK_Q), min(s, max(BLOCK_K, _CACHED // (bq * per_pair))))
         scores = math.prod(tile) * per_pair
         in_turn = scores >= _IN_TURN
         # A batch of unknown size is exported for any.
@@ -344,4 +344,5 @@ def attention(*operands, causal, block_q=None, block_k=None, **options):
             block_q, block_k = tile
     return _attention(*operands, causal=causal, block_q=block_q or BLOCK_Q,
                       block_k=block_k or BLOCK_K, in_turn=in_turn,
-                      sum_in_product=sum_in_product, **options)
+                      on_cpu=on_cpu and all(x.dtype == jnp.float32 for x in operands[:3]),
+                      **options)

@@ -100,7 +100,8 @@ def test_many_tiles(options, tiles, segments):
     ({}, {"block_mask": np.array([[1, 0], [1, 1]], bool)})], ids=str)
 def test_heads_in_turn(shapes, options, tile, monkeypatch):
     """Four key heads of two rows of the batch, one after the other, in one tile or several."""
-    for name, value in (("_CACHED", 2 * tile**2), ("_IN_TURN", 0), ("BLOCK_Q", tile)):
+    for name, value in (("_CACHED", 2 * tile**2), ("_IN_TURN", 0), ("BLOCK_Q", tile),
+                        ("BLOCK_K", 1)):
         monkeypatch.setattr(xla, name, value)
     arrays, ids = operands(2, 12, 4, 2, 4, 3, **shapes)
     options = {"scale": 0.5, "causal": False, **options}
@@ -108,6 +109,27 @@ def test_heads_in_turn(shapes, options, tile, monkeypatch):
     program = jax.make_jaxpr(lambda *x: op(*x))(*arrays[:3])
     assert str(program).count("length=4") == 1
     assert_close(results(op, arrays, ids), expected(arrays, ids, **options))
+
+
+@pytest.mark.parametrize("partial", [False, True], ids=["", "partial"])
+@pytest.mark.parametrize("width", [1, 15, 16, 17])
+def test_narrow_values(width, partial):
+    """Some rows see nothing, in a block mask's empty row and as a segment of their own."""
+    arrays, ids = operands(2, 24, 4, 2, 4, width, segments=True)
+    options = {"scale": 0.5, "softcap": 2.0, "causal": False, "window": None, "partial": partial,
+               "block_mask": np.array([[0, 0], [1, 1]], bool)}
+
+    def whole(op):
+        """`op` as one result: l is a row's sum."""
+        def run(*x):
+            out = op(*x, **options)
+            return out[2] + out[1][..., None] if partial else out
+
+        return run
+
+    with jax.enable_x64(True):
+        definition = results(whole(reference.attention), arrays, ids, jnp.float64)
+    assert_close(results(whole(attention), arrays, ids), definition)
 
 
 def test_memory_is_linear_in_the_length():

@@ -163,6 +163,18 @@ def test_weights_are_known_by_what_they_hold(source, adapted, tmp_path, capsys):
         assert "holds a run of another configuration" in error and words in error
 
 
+def test_weights_that_are_not_finite_are_refused(source, tmp_path, capsys):
+    corpus, given = source
+    model, _, _ = training.load_model(given)
+    model.embed.table[...] = model.embed.table[...].at[3, 4].set(jnp.nan)
+    zoo.save(model, tmp_path / "model")
+    for flags in ((), LORA):
+        assert tune(corpus, tmp_path / "run", tmp_path / "model", *flags) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'model'}: embed/table holds numbers that are not finite" in error
+        assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize(("write", "stacked"), [("save", "true"), ("to_hf", "false")])
 def test_a_directory_of_a_model_will_do(source, tmp_path, write, stacked):
     corpus, given = source

@@ -201,8 +201,16 @@ def test_map_axes_keeps_the_nesting():
 
 @pytest.mark.parametrize(("field", "value"), [
     ("name", "adam"), ("schedule", "cosin"), ("learning_rate", 0.0), ("weight_decay", -1.0),
+    ("learning_rate", 1e16), ("weight_decay", 1001.0), ("grad_clip", 1e-16),
     ("grad_clip", 0.0), ("steps", 0), ("warmup_steps", -1),
 ])
 def test_bad_fields_are_named(field, value):
     with pytest.raises(ValueError, match=f"{'optimizer' if field == 'name' else field} "):
         Optimizer(**{field: value})
+
+
+def test_limits_are_inclusive_and_of_the_rate_that_decays():
+    assert Optimizer("muon", adam_learning_rate=20.0).weight_decay == 0.1
+    rate = Optimizer(learning_rate=6e-4, weight_decay=1 / 6e-4).learning_rate
+    with pytest.raises(ValueError, match=f"at most {1 / rate}, 1 over the learning rate {rate}"):
+        Optimizer(learning_rate=rate, weight_decay=1700.0)

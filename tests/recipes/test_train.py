@@ -236,6 +236,29 @@ def test_a_gradient_whose_square_overflows_is_named():
     assert found.startswith("inf in the result of ") and "with gradients/b" in found
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_gradients_too_large_to_be_added_up_are_not_taken(clip, monkeypatch):
+    """Each one's square is finite, all of theirs is not."""
+    made = training.make_gradients
+
+    def large(*given):
+        differentiate = made(*given)
+
+        def run(*x):
+            loss, weight, stats, gradients, statistics = differentiate(*x)
+            return loss, weight, stats, jax.tree.map(
+                lambda g: jnp.full(g.shape, 1.8e19 / g.size**0.5), gradients), statistics
+
+        return run
+
+    monkeypatch.setattr(training, "make_gradients", large)
+    p = program(optimizer=Optimizer(grad_clip=clip))
+    before = jax.device_get(p.init())
+    state, (metrics,) = take(p, 1)
+    assert not metrics["finite"][1:].any() and metrics["finite"][0]
+    assert_close(jax.device_get(state), before, EXACT)
+
+
 def test_any_process_can_ask_to_stop():
     p = program(tiny.MESH)
     with sharding.use(p.mesh, p.rules):
