@@ -29,7 +29,7 @@ _CACHED, _IN_TURN = 2**20, 2**17
 _NARROW = 32
 # And products are as fast for so many columns as for fewer: one more, of ones, sums the weights.
 # With fewer query rows than these the copy of the values, to add it, costs more.
-_COLUMNS, _ROWS = 16, 16
+_COLUMNS, _ROWS = 16, 64
 
 
 def supports(target, query, key, value, *masks, **options):

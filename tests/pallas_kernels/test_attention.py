@@ -115,7 +115,7 @@ def test_heads_in_turn(shapes, options, tile, monkeypatch):
 @pytest.mark.parametrize("width", [1, 15, 16, 17])
 def test_narrow_values(width, partial):
     """Some rows see nothing, in a block mask's empty row and as a segment of their own."""
-    arrays, ids = operands(2, 24, 4, 2, 4, width, segments=True)
+    arrays, ids = operands(2, 72, 4, 2, 4, width, segments=True)
     options = {"scale": 0.5, "softcap": 2.0, "causal": False, "window": None, "partial": partial,
                "block_mask": np.array([[0, 0], [1, 1]], bool)}
 
