@@ -202,21 +202,15 @@ def _place(shapes: Any, params: Any, replicated: NamedSharding) -> Any:
 def finite_names(program: Program) -> list[str]:
     """What the flags in the metrics' "finite" stand for: loss, gradients, running statistics."""
     gradients, statistics = zoo.protocol.divide(program.abstract_state()["params"])
-    return ["the loss", *(f"the gradient of {path}" for path in _paths(gradients)),
-            *(f"the running statistic {path}" for path in _paths(statistics))]
-
-
-def _paths(tree: Any) -> list[str]:
-    return [jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return ["the loss", *(f"the gradient of {path}" for path in zoo.protocol.flat(gradients)),
+            *(f"the running statistic {path}" for path in zoo.protocol.flat(statistics))]
 
 
 def not_finite(state: State) -> list[str]:
     """The paths of what a state begins with, adapters' base included, that is inf or nan."""
-    given = [state["params"], state["base"]]
-    good = jax.jit(lambda trees: [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(trees)])(given)
-    paths = [path for tree in given for path in _paths(tree)]
-    return [path for path, fine in zip(paths, good, strict=True) if not fine]
+    check = jax.jit(lambda arrays: jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), arrays))
+    return [path for part in ("params", "base")
+            for path, good in check(zoo.protocol.flat(state[part])).items() if not good]
 
 
 def _divide(state: State) -> tuple[State, Any]:

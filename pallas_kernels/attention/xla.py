@@ -334,9 +334,10 @@ def attention(*operands, causal, block_q=None, block_k=None, **options):
     (b, t, h, _), (_, s, g, _) = (x.shape for x in operands[:2])
     in_turn, on_cpu = False, Target.ambient().platform == "cpu"
     if not causal and block_q is None and block_k is None and on_cpu:
-        per_pair = h // g
-        tile = (t, s) if t * s * per_pair <= _CACHED else (
-            bq := min(t, BLOCK_Q), min(s, max(BLOCK_K, _CACHED // (bq * per_pair))))
+        per_pair, tile = h // g, (t, s)
+        if t * s * per_pair > _CACHED:
+            rows = min(t, BLOCK_Q)
+            tile = rows, min(s, max(BLOCK_K, _CACHED // (rows * per_pair)))
         scores = math.prod(tile) * per_pair
         in_turn = scores >= _IN_TURN
         # A batch of unknown size is exported for any.
