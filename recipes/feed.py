@@ -1,5 +1,6 @@
 """Batches onto devices, a few ahead of the step that takes them."""
 
+import math
 import queue
 import threading
 from collections.abc import Callable
@@ -28,7 +29,9 @@ def place(make: Callable[[np.ndarray], Batch], batch_size: int, layout: NamedSha
     rows = np.unique(np.concatenate([np.arange(batch_size)[index[0]] for index in held]))
     local = make(rows)
 
-    def on_devices(x):
+    def on_devices(name, x):
+        check_divides(name, (batch_size, *x.shape[1:]), layout)
+
         def shard(index):
             begin, stop, _ = index[0].indices(batch_size)
             first = np.searchsorted(rows, begin)
@@ -38,7 +41,7 @@ def place(make: Callable[[np.ndarray], Batch], batch_size: int, layout: NamedSha
         return jax.make_array_from_callback(
             (batch_size, *x.shape[1:]), NamedSharding(layout.mesh, spec), shard)
 
-    return {name: on_devices(x) for name, x in local.items()}
+    return {name: on_devices(name, x) for name, x in local.items()}
 
 
 def signals(mesh: Mesh, step: int, stop: bool) -> jax.Array:
@@ -46,6 +49,17 @@ def signals(mesh: Mesh, step: int, stop: bool) -> jax.Array:
     row = np.array([[step, stop]], np.int32)
     return jax.make_array_from_callback(
         (mesh.size, 2), NamedSharding(mesh, P(mesh.axis_names)), lambda index: row)
+
+
+def check_divides(name: str, shape: tuple[int, ...], layout: NamedSharding) -> None:
+    """Raises ValueError where a batch's array does not divide over the mesh axes it lies on."""
+    for dimension, (size, axes) in enumerate(zip(shape, layout.spec, strict=False)):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(layout.mesh.shape[axis] for axis in names)
+        if size % parts:
+            over = " x ".join(f"{axis}:{layout.mesh.shape[axis]}" for axis in names)
+            raise ValueError(f"{name} of shape {shape}: {size} (axis {dimension}) does not divide "
+                             f"over {over}; use a multiple of {parts}, or other --rules")
 
 
 class Feed:

@@ -31,9 +31,11 @@ from recipes.tasks.state_tracking import StateTracking
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parazoo"
 
+_DEFAULT_MODEL = "llama-tiny"
+
 with command.group("Model"):
-    _MODEL = flags.DEFINE_string("model", None, "A name in zoo.list(); left out, llama-tiny, or "
-                                 "with --init_from the model there.")
+    _MODEL = flags.DEFINE_string("model", None, "A name in zoo.list(); left out, "
+                                 f"{_DEFAULT_MODEL}, or with --init_from the model there.")
     _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE replaces a field of the model's "
                                      "config, as num_layers=6 or attention.window=512. Repeatable.")
     _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"],
@@ -125,7 +127,7 @@ with command.group("Optimization"):
 
 with command.group("Run"):
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics.jsonl and pictures "
-                                   "go. Needed.")
+                                   "go. Left out, runs/MODEL; with --init_from it is needed.")
     _COMPARE = flags.DEFINE_list("compare", [], "Workdirs of other runs, with commas between; the "
                                  "picture shows their results too.")
     _LOG_EVERY = flags.DEFINE_integer("log_every", 10, "Steps between log entries.")
@@ -158,8 +160,7 @@ with command.group("Devices"):
 
 def main() -> None:
     """Trains as the flags say."""
-    if not _WORKDIR.value:
-        raise ValueError("--workdir is needed, such as --workdir=runs/a: the run is kept there")
+    folder = _workdir()
     _check_lora_flags()
     rules = sharding.rules(_RULES.value)
     updates = optimizer.Optimizer(
@@ -189,8 +190,16 @@ def main() -> None:
         program = dataclasses.replace(program, lora=lora.make(
             _LORA_RANK.value, _LORA_ALPHA.value, _LORA_TARGETS.value.split(","),
             zoo.protocol.split(model)[1], zoo.protocol.axes(model)))
-    loop.train(program, task, _BATCH_SIZE.value, schedule, Path(_WORKDIR.value), source,
+    loop.train(program, task, _BATCH_SIZE.value, schedule, folder, source,
                [Path(folder) for folder in _COMPARE.value])
+
+
+def _workdir() -> Path:
+    if _WORKDIR.value is None and _INIT_FROM.value is None:
+        return Path("runs") / (_MODEL.value or _DEFAULT_MODEL)
+    if not _WORKDIR.value:
+        raise ValueError("--workdir is needed, such as --workdir=runs/a: the run is kept there")
+    return Path(_WORKDIR.value)
 
 
 def _make_task(config: Any, tokenizer: str | None) -> Task:
@@ -254,9 +263,9 @@ def _choose_model() -> tuple[Any, str | None, training.Source | None]:
     """
     settings = command.settings(_SET.value)
     if _INIT_FROM.value is None:
-        config = zoo.config(_MODEL.value or "llama-tiny", **settings)
+        config = zoo.config(_MODEL.value or _DEFAULT_MODEL, **settings)
         return config, _TOKENIZER.value or "bytes", None
-    source = training.find_source(_INIT_FROM.value, Path(_WORKDIR.value))
+    source = training.find_source(_INIT_FROM.value, _workdir())
     config = source.override(settings)
     if _MODEL.value is not None and zoo.config(_MODEL.value, **settings) != config:
         raise ValueError(f"--model={_MODEL.value} is another model than the one in "

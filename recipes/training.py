@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import sharding
 import zoo
 from recipes import workdir
+from recipes.feed import check_divides
 from recipes.lora import Lora
 from recipes.optimizer import Optimizer
 from recipes.tasks import Workload, lm, segment
@@ -417,6 +418,7 @@ def abstract_step(
     batch = {}
     for name, (shape, kind) in workload.batch.items():
         program.check_batch(shape[0])
+        check_divides(name, shape, program.batch_sharding)
         batch[name] = jax.ShapeDtypeStruct(shape, kind, sharding=program.batch_sharding)
     signals = jax.ShapeDtypeStruct((mesh.size, 2), jnp.int32, sharding=signal_sharding(mesh))
     return make_step(program), (program.abstract_state(), batch, signals)

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -44,6 +45,8 @@ _ARRAYS = (".npy.h5", ".h5", ".npz")
 _MASKS = ("_seg", ".seg", "_gt", "_mask", "_label")
 _HELDOUT, _VALIDATION = 0.2, 0.1  # The part of all patients, and of what is left of them.
 _FORMAT = 1  # Of prepared slices on disk.
+_LARGEST = 2**14  # Pixels of a slice's side.
+_MOST_NEIGHBORS = 64
 _RECORD = ("image", "labels", "voxels")  # Of each.
 
 
@@ -91,8 +94,22 @@ class Preprocessing:
     neighbors: int = 0
 
     def __post_init__(self):
-        if self.neighbors < 0:
-            raise ValueError(f"neighbors {self.neighbors}: it must be at least 0")
+        def check(name, ok, wanted):
+            if not ok:
+                raise ValueError(f"{name} {getattr(self, name)!r}: it must be {wanted}")
+
+        check("layout", isinstance(self.layout, str), "a name")
+        check("classes", all(isinstance(c, str) for c in self.classes), "names")
+        check("image_size", _is_whole_number(self.image_size, 1, _LARGEST),
+              f"a whole number from 1 to {_LARGEST}")
+        check("window", len(self.window) == 2 and all(map(_is_finite, self.window)), "two numbers")
+        check("percentiles", isinstance(self.percentiles, bool), "true or false")
+        check("window", not self.percentiles or 0 <= min(self.window) <= max(self.window) <= 100,
+              "percentiles, from 0 to 100")
+        check("pixel", self.pixel is None or _is_finite(self.pixel) and self.pixel > 0,
+              "millimetres above 0, or null")
+        check("neighbors", _is_whole_number(self.neighbors, 0, _MOST_NEIGHBORS),
+              f"at least 0, a whole number, and at most {_MOST_NEIGHBORS}")
 
     def normalize(self, image: np.ndarray) -> np.ndarray:
         """[Z, H, W] or [Z, H, W, C] as float32 in [0, 1]."""
@@ -108,8 +125,14 @@ class Preprocessing:
         found = []
         for x in self._slices(image):
             if self.pixel is not None and spacing is not None:
-                x = _zoom(x, [max(1, round(n * step / self.pixel))
-                              for n, step in zip(x.shape, spacing[1:], strict=False)], 3)
+                sides = [max(1, round(n * step / self.pixel))
+                         for n, step in zip(x.shape, spacing[1:], strict=False)]
+                if max(sides) > _LARGEST:
+                    raise ValueError(
+                        f"pixels of {spacing[1]:g} x {spacing[2]:g} mm make its slices "
+                        f"{_sides(tuple(sides))} pixels of {self.pixel:g} mm; at most {_LARGEST} "
+                        "can be, so give its affine in millimetres")
+                x = _zoom(x, sides, 3)
             x = _zoom(x, (self.image_size, self.image_size), 3)
             found.append(x[..., None] if x.ndim == 2 else x)
         return np.stack(found)
@@ -150,7 +173,10 @@ class Preprocessing:
             raise ValueError(f"{folder} has no {PREPROCESSING}, which says how images are made "
                              "ready; give the workdir of a run of --task=segment")
         try:
-            return cls.from_json(json.loads(path.read_text("utf-8")))
+            found = cls.from_json(json.loads(path.read_text("utf-8")))
+            if not found.classes:
+                raise ValueError("classes (): it must be names, that of the background first")
+            return found
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error!r}); the same training command writes it "
                              "again") from error
@@ -175,6 +201,14 @@ class Preprocessing:
         width = np.maximum(np.float32(high - low), np.finfo(np.float32).tiny)
         for x in image:
             yield (np.clip(x, low, high).astype(np.float32) - low) / width
+
+
+def _is_finite(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _is_whole_number(x: Any, least: int, most: int) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
 
 def _zoom(x: np.ndarray, sides: Sequence[int], order: int) -> np.ndarray:
@@ -261,7 +295,7 @@ def _reading(path: Path) -> Iterator[None]:
     except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except (ValueError, OSError, EOFError, SyntaxError, KeyError, TypeError, RuntimeError,
-            OverflowError, zlib.error, zipfile.BadZipFile) as error:
+            OverflowError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
         if "allow_pickle" in str(error):
             raise ValueError(f"{path}: it holds Python objects, which are never loaded; save plain "
                              "arrays of numbers") from error
@@ -298,6 +332,8 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if array.ndim not in (3, 4):
         raise ValueError(f"{path}: its shape is {array.shape}; it must have three axes, or "
                          "channels as a fourth")
+    if not isinstance(file, nibabel.Nifti1Pair):
+        raise ValueError(f"{path}: it is {type(file).__name__} and no NIfTI volume; convert it")
     has_affine = any(int(file.header[code]) > 0 for code in ("sform_code", "qform_code"))
     return (np.swapaxes(array, 0, 2),
             np.asarray(file.affine, np.float64) if has_affine else None)
@@ -355,6 +391,9 @@ def _read_mask(path: Path) -> np.ndarray:
                              "palette")
         mask = mask[..., 0]
     if _ending(path) != ".png":  # JPEG blurs what was 0 and 255.
+        if 0 < mask.max() < 128:
+            raise ValueError(f"{path}: it goes from {mask.min()} to {mask.max()}; a JPEG holds a "
+                             "mask of 0 and 255 only, so save class ids as PNG")
         return (mask >= 128).astype(np.uint8)
     return (mask == 255).astype(np.uint8) if np.isin(mask, (0, 255)).all() else mask
 
@@ -499,6 +538,10 @@ def _find_synapse(root: Path) -> dict[str, list[Case]]:
             raise ValueError(f"{path}: its name says no case and slice; call it as "
                              "case0005_slice012.npz")
         cases.setdefault(match[1], []).append((int(match[2]), path))
+    for path in held:
+        if stem(path) in cases:
+            raise ValueError(f"{path}: slices of this case are in {root / 'train_npz'}, so it is "
+                             "not held out; take one of both away")
     return {"train": [_case(name, name, [(path, None) for _, path in sorted(found)])
                       for name, found in cases.items()],
             "heldout": [_case(stem(path), stem(path), [(path, None)]) for path in held]}
@@ -509,8 +552,11 @@ def _listed(lines: Path, paths: list[Path]) -> list[Path]:
     if not lines.is_file():
         return paths
     by_name = {stem(path): path for path in paths}
-    names = lines.read_text("utf-8").split()
-    for name in names:
+    with _reading(lines):
+        names = lines.read_text("utf-8").split()
+    for count, name in enumerate(names):
+        if name in names[:count]:
+            raise ValueError(f"{lines}: it has {name!r} twice; take one of them out")
         if name not in by_name:
             raise ValueError(f"{lines}: there is no file of {name!r}; restore it, or take the line "
                              "out")
@@ -848,7 +894,7 @@ def load(spec: str, num_classes: int, *, image_size: int | None = None,
         raise ValueError(f"class_names: data {name!r} has names of its own; leave them out")
     if class_names:
         classes = ("background", *class_names)
-        if "" in classes or len(set(classes)) < len(classes):
+        if "" in classes or len({name.replace(" ", "_") for name in classes}) < len(classes):
             raise ValueError(f"class_names {','.join(class_names)}: they must differ, from one "
                              "another and from background, which label 0 is; correct them")
     if layout is None:

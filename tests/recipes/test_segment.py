@@ -448,3 +448,11 @@ def test_flags_that_do_not_fit_are_refused(flags, words, tmp_path, capsys):
         "train", "--model=paratranscnn-tiny", f"--workdir={tmp_path / 'a'}", *flags]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_a_side_that_does_not_divide_over_devices_is_refused():
+    mesh = sharding.mesh("data:2,tensor:4")
+    layout = jax.NamedSharding(mesh, jax.P("data", "tensor"))
+    with pytest.raises(ValueError, match=r"images of shape \(2, 30, 8\): 30 \(axis 1\) does not "
+                                         "divide over tensor:4; use a multiple of 4"):
+        feed.place(lambda rows: {"images": np.zeros((len(rows), 30, 8))}, 2, layout)

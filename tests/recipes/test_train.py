@@ -603,6 +603,16 @@ def test_a_workdir_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert "cannot write checkpoints to" in error and error.count("\n") == 1
 
 
+def test_a_run_without_a_workdir_is_kept_under_its_model_s_name(tmp_path, monkeypatch, capsys):
+    corpus = small_run.write_corpus(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = [flag for flag in small_run.flags(corpus, tmp_path) if not flag.startswith("--workdir")]
+    assert small_run.run(*flags, "--steps=1") == 0
+    assert (tmp_path / "runs/llama-tiny/metrics.jsonl").is_file()
+    assert small_run.run(*flags, "--init_from=runs/llama-tiny") == 2
+    assert "--workdir is needed" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     def broken():
         return int("not raised by this project")

@@ -1,6 +1,7 @@
 """Segmentation data from files: layouts, parts, preparation, and what is said of bad files."""
 
 import gzip
+import json
 
 import numpy as np
 import pytest
@@ -108,6 +109,17 @@ def test_lists_choose_among_synapse(tmp_path):
     assert data.num_slices("train") + data.num_slices("validation") == 3
     (lists / "test_vol.txt").write_text("case0077\n")
     with pytest.raises(ValueError, match="test_vol.txt: there is no file of 'case0077'"):
+        get(f"synapse:{tmp_path}", tmp_path)
+    (lists / "test_vol.txt").write_text("case0051\ncase0051\n")
+    with pytest.raises(ValueError, match="test_vol.txt: it has 'case0051' twice; take one"):
+        get(f"synapse:{tmp_path}", tmp_path)
+    (lists / "test_vol.txt").write_text("case0051\n", "utf-16")
+    with pytest.raises(ValueError, match="test_vol.txt: it cannot be read .*utf-8"):
+        get(f"synapse:{tmp_path}", tmp_path)
+    (lists / "test_vol.txt").unlink()
+    held = tmp_path / "test_vol_h5"
+    (held / "case0050.npy.h5").rename(held / "case0001.npy.h5")
+    with pytest.raises(ValueError, match="case0001.npy.h5: slices of this case are in .*train_npz"):
         get(f"synapse:{tmp_path}", tmp_path)
 
 
@@ -291,6 +303,25 @@ def test_preprocessing_is_kept(tmp_path):
     (tmp_path / volumes.PREPROCESSING).write_text('{"layout": "avt"}')
     with pytest.raises(ValueError, match="segment.json is damaged"):
         Preprocessing.load(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("layout", [1]), ("classes", []), ("classes", [1]), ("image_size", "32"), ("image_size", -3),
+    ("image_size", 32.5), ("image_size", 10**7), ("window", [1]), ("window", ["a", "b"]),
+    ("percentiles", "no"), ("pixel", 0), ("pixel", -1), ("pixel", True), ("neighbors", -1),
+    ("neighbors", 10**9)])
+def test_settings_that_were_edited_are_checked(name, value, tmp_path):
+    p = Preprocessing("avt", ("background", "aorta"), 7, (-190.0, 1668.0), pixel=1.0)
+    (tmp_path / volumes.PREPROCESSING).write_text(json.dumps({**p.to_json(), name: value}))
+    with pytest.raises(ValueError, match=f"segment.json is damaged .*{name} .* it must be"):
+        Preprocessing.load(tmp_path)
+
+
+def test_pixels_of_a_thousandth_of_their_size_are_refused():
+    """Micrometres, say: slices would become a thousand times as large."""
+    p = Preprocessing("avt", ("background", "aorta"), 7, (-190.0, 1668.0), pixel=1.0)
+    with pytest.raises(ValueError, match="pixels of 500 x 500 mm make its slices 50000 x 50000"):
+        p.prepare(np.zeros((1, 100, 100)), (1.0, 500.0, 500.0))
 
 
 def test_neighbors_are_of_slices_that_there_are():
@@ -505,6 +536,28 @@ def test_bad_arrays_are_named(tmp_path):
     with h5py.File(volume, "w") as file:
         file["image"] = np.array([["a", "b"]], h5py.string_dtype())
     assert "they must be integers or floats" in message(volume)
+    with h5py.File(volume, "w") as file:
+        file.create_dataset("image", (10**5, 10**5, 10**5), "f4")
+    assert "cut off or damaged; fetch it again" in message(volume)
+
+
+def test_a_header_that_promises_more_than_memory_holds(tmp_path):
+    path = tmp_path / "x.nii.gz"
+    image = nibabel.Nifti1Image(np.zeros((2, 2, 2), np.float32), AFFINE)
+    content = bytearray(image.to_bytes())
+    content[42:48] = np.full(3, 32000, "<i2").tobytes()  # dim[1:4]
+    path.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(ValueError, match="x.nii.gz: it cannot be read .*cut off or damaged"):
+        read_volume(path)
+
+
+def test_a_nifti_of_surfaces_is_no_volume(tmp_path):
+    axes = nibabel.cifti2.ScalarAxis(["a"]), nibabel.cifti2.BrainModelAxis.from_mask(
+        np.ones((2, 2, 2)), "thalamus_left", np.eye(4))
+    path = tmp_path / "x.dscalar.nii"
+    nibabel.save(nibabel.Cifti2Image(np.zeros((1, 8), np.float32), axes), path)
+    with pytest.raises(ValueError, match="x.dscalar.nii: it is Cifti2Image and no NIfTI volume"):
+        read_volume(path)
 
 
 def test_bad_pictures_are_named(tmp_path):
@@ -523,6 +576,11 @@ def test_bad_pictures_are_named(tmp_path):
     with pytest.raises(ValueError, match="masks/p0.png: it cannot be read .*fetch it again"):
         get(spec, tmp_path, 2)
     first.unlink()
+    jpeg = first.with_suffix(".jpg")
+    write_picture(jpeg, np.full((12, 16), 3, np.uint8))
+    with pytest.raises(ValueError, match="p0.jpg: it goes from 3 to 3; a JPEG .* as PNG"):
+        get(spec, tmp_path, 2)
+    jpeg.unlink()
     with pytest.raises(ValueError, match="images/p0.png: its mask is missing; put p0.png into"):
         get(spec, tmp_path, 2)
 
@@ -534,7 +592,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
                             ({"class_names": ("a",)}, "has names of its own; leave them out")):
         with pytest.raises(ValueError, match=words):
             load(f"synapse:{tmp_path}", 9, **settings)
-    for class_names in (("a", "a"), ("a", ""), ("background", "a")):
+    for class_names in (("a", "a"), ("a", ""), ("background", "a"), ("a b", "a_b")):
         with pytest.raises(ValueError, match="they must differ, from one another and from backgr"):
             load(f"nifti:{tmp_path}", 9, class_names=class_names)
     for path in (tmp_path / "test_vol_h5").iterdir():

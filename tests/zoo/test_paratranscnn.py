@@ -129,14 +129,15 @@ def test_any_size():
     assert runner()(x[:1, :1, :1]).shape == (1, 1, 1, 3)
 
 
-def test_eight_devices_equal_one():
-    """Training with batch norm over the whole batch, its parameters spread as well."""
+@pytest.mark.parametrize(("axes", "preset"), [
+    ("data:2,fsdp:2,tensor:2", "fsdp_tp"), ("data:2,tensor:4", "dp,height=tensor")])
+def test_eight_devices_equal_one(axes, preset):
+    """Training with batch norm over the whole batch, its parameters spread as well, or images."""
     definition, params = protocol.split(model())
     names, batch = protocol.axes(model()), {"images": images(8, 32, 32)}
     labels = np.random.default_rng(0).integers(0, 3, (8, 32, 32))
     results = []
-    for devices, text, rules in ((1, "data:1", "dp"), (
-            8, "data:2,fsdp:2,tensor:2", "fsdp_tp")):
+    for devices, text, rules in ((1, "data:1", "dp"), (8, axes, preset)):
         mesh, rules = sharding.mesh(text, jax.devices()[:devices]), sharding.rules(rules)
         with sharding.use(mesh, rules):
             @jax.jit

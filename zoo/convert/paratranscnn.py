@@ -98,8 +98,11 @@ def _config(c: Settings) -> ParaTransCnn:
     if "resnet_depth" in c:
         cnn = ResNet(c.whole("resnet_depth"), c.whole("resnet_width"))
     if "hidden_size" in c:
+        if not 1 <= (depth := c.whole("depth")) <= _MAX_DEPTH:
+            raise ConversionError(f"depth is {depth}: it must be from 1 to {_MAX_DEPTH}, the "
+                                  "blocks of a stage that tensors have names for")
         transformer = Pyramid(
-            c.whole("hidden_size"), c.whole("depth"), c.whole("num_attention_heads"),
+            c.whole("hidden_size"), depth, c.whole("num_attention_heads"),
             c.whole("mlp_ratio"), c.number("dropout"))
     return ParaTransCnn(num_classes=c.whole("num_labels"), in_channels=c.whole("num_channels"),
                         cnn=cnn, transformer=transformer)
@@ -124,9 +127,12 @@ def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                                   "this is another model")
         return found
 
-    found: dict[str, Any] = {"num_labels": shape("out.weight", 4)[0], **_DEFAULTS}
+    if (head := shape("out.weight", 4)) is None:
+        raise ConversionError("there is no 'out.weight', the head of a ParaTransCNN; this is "
+                              "another model, or a part of one")
+    found: dict[str, Any] = {"num_labels": head[0], **_DEFAULTS}
     if stem := shape("firstconv.weight", 4):
-        blocks = tuple(_count(tensors, rf"encoder{i}\.(\d+)\..*") for i in range(1, 5))
+        blocks = tuple(_count(tensors, rf"encoder{i}\.(\d{{1,6}})\..*") for i in range(1, 5))
         depth = next((depth for depth, known in RESNETS.items() if known == blocks), None)
         if depth is None:
             raise ConversionError(f"encoder1 to encoder4 have {blocks} blocks; what can be "
@@ -134,8 +140,11 @@ def _infer(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         found |= {"num_channels": stem[1], "resnet_depth": depth, "resnet_width": stem[0]}
     if patch := shape("patch_embed_1.weight", 4):
         up = shape("vit_1.net.1.fn.fn.net.0.weight", 2) or (2 * patch[0], patch[0])
+        if not up[1]:
+            raise ConversionError(f"'vit_1.net.1.fn.fn.net.0.weight' has the shape {list(up)}, "
+                                  "without inputs; this is another model")
         found |= {"num_channels": patch[1], "hidden_size": patch[0],
-                  "depth": _count(tensors, r"vit_1\.net\.(\d+)\..*") // 2,
+                  "depth": _count(tensors, r"vit_1\.net\.(\d{1,6})\..*") // 2,
                   "mlp_ratio": up[0] // up[1]}
     return found
 

@@ -137,6 +137,13 @@ def test_tensors_of_another_model(theirs, tmp_path):
     refused(lambda t: t.update({"encoder2.1.conv1.weight": np.zeros((16, 16, 3, 3), np.float32)}),
             r"have \(1, 2, 1, 1\) blocks; what can be converted has one of")
     refused(lambda t: t.pop("up1_1.weight"), "has no config.json")
+    refused(lambda t: t.pop("out.weight"), "there is no 'out.weight', the head of a ParaTransCNN")
+    up = "vit_1.net.1.fn.fn.net.0.weight"
+    refused(lambda t: t.update({up: np.zeros((5, 0), np.float32)}), "without inputs")
+    for index in ("34", "9999999", "9" * 5000):  # A stage has names for 16 blocks of two layers.
+        name = f"vit_1.net.{index}.fn.norm.weight"
+        refused(lambda t, name=name: t.update({name: np.zeros(16, np.float32)}),
+                "depth is 17: it must be from 1 to 16" if index == "34" else "vit_1.net.9")
 
 
 def test_torchvision(tmp_path):
