@@ -26,7 +26,7 @@ figure { margin: 1rem 0; } figcaption { margin-bottom: .3rem; }
 img { max-width: 100%; background: #fff; }
 """
 _NOTE = """Dice is 1 where a class is neither there nor predicted. HD95 is the 95th percentile of
-the distances between the borders, in millimetres, or in voxels where the files give no spacing; it
+the distances between the borders, in millimetres where the files give a spacing, and in voxels; it
 is averaged over the cases that have the class and a prediction of it ("measured", of those that
 have either). The reference columns are as results on Synapse are reported: HD95 in voxels, both
 scores 0 where nothing is predicted, Dice 1 and HD95 0 where something is that is not there."""
@@ -83,19 +83,20 @@ def write(folder: Path, *, title: str, classes: Sequence[str], cases: Sequence[C
 
 def _classes_table(names: Sequence[str], cases: Sequence[Case]) -> str:
     scores = {name: np.stack([case.scores[name] for case in cases])
-              for name in ("dice", "hd95", "reference_dice", "reference_hd95")}
+              for name in ("dice", "hd95", "hd95_voxels", "reference_dice", "reference_hd95")}
     measured = np.isfinite(scores["hd95"])
     there = ~np.isnan(scores["hd95"])
 
     def row(name, index, of=slice(None)):
-        found = scores["hd95"][of, index][measured[of, index]]
+        distances = [scores[key][of, index][measured[of, index]] for key in ("hd95", "hd95_voxels")]
         return [name, _number(scores["dice"][of, index].mean(), 4),
-                _number(found.mean() if found.size else np.nan, 2),
+                *(_number(found.mean() if found.size else np.nan, 2) for found in distances),
                 f"{measured[of, index].sum()} of {there[of, index].sum()}",
                 _number(scores["reference_dice"][of, index].mean(), 4),
                 _number(scores["reference_hd95"][of, index].mean(), 2)]
 
-    return _table(["class", "Dice", "HD95", "measured", "reference Dice", "reference HD95"],
+    return _table(["class", "Dice", "HD95", "in voxels", "measured", "reference Dice",
+                   "reference HD95"],
                   [row(name, i) for i, name in enumerate(names)],
                   row("all", slice(None)))
 

@@ -89,6 +89,8 @@ def test_logits_both_ways(branch, folder, tmp_path):
     missing, unexpected = back.load_state_dict(
         {key: torch.tensor(x) for key, x in found.items()}, strict=False)
     assert not unexpected and all(key.endswith("num_batches_tracked") for key in missing)
+    # The same numbers and so the same in training, too.
+    assert all(np.array_equal(x, tensors(model)[key]) for key, x in found.items())
     assert np.array_equal(evaluate(back, images), expected)
 
 

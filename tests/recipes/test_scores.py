@@ -70,7 +70,8 @@ def test_empty_ones():
     guess[1, 2, 2] = 3
     found = score(truth, guess, CLASSES)
     np.testing.assert_array_equal(found["dice"], [1, 0, 0])
-    np.testing.assert_array_equal(found["hd95"], [np.nan, np.inf, np.inf])
+    for name in ("hd95", "hd95_voxels"):
+        np.testing.assert_array_equal(found[name], [np.nan, np.inf, np.inf])
     np.testing.assert_array_equal(found["reference_dice"], [0, 0, 1])
     np.testing.assert_array_equal(found["reference_hd95"], [0, 0, 0])
 
@@ -80,6 +81,7 @@ def test_the_inside_does_not_count():
     z, y, x = np.ogrid[-9:10, -9:10, -9:10]
     radius = np.sqrt(z**2 + y**2 + x**2)
     found = score((radius <= 8).astype(np.uint8), (radius <= 3).astype(np.uint8), 2, (2, 2, 2))
+    np.testing.assert_array_equal(found["hd95_voxels"], found["reference_hd95"])
     assert 2 * 4.5 < found["hd95"][0] < 2 * 5.5 and 4.5 < found["reference_hd95"][0] < 5.5
 
 
