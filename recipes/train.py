@@ -176,7 +176,7 @@ def main() -> None:
     processes.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     mesh = sharding.mesh(_MESH.value, explicit=_EXPLICIT.value)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    config, tokenizer, source = _choose_model()
+    config, tokenizer, source = _choose_model(folder)
     task = _make_task(config, tokenizer)
     program = training.Program(
         config=config, mesh=mesh, rules=rules, loss=task.loss, optimizer=updates,
@@ -191,7 +191,7 @@ def main() -> None:
             _LORA_RANK.value, _LORA_ALPHA.value, _LORA_TARGETS.value.split(","),
             zoo.protocol.split(model)[1], zoo.protocol.axes(model)))
     loop.train(program, task, _BATCH_SIZE.value, schedule, folder, source,
-               [Path(folder) for folder in _COMPARE.value])
+               [Path(other) for other in _COMPARE.value])
 
 
 def _workdir() -> Path:
@@ -256,7 +256,7 @@ def _check_lora_flags() -> None:
                          "such as --lora_rank=8")
 
 
-def _choose_model() -> tuple[Any, str | None, training.Source | None]:
+def _choose_model(folder: Path) -> tuple[Any, str | None, training.Source | None]:
     """The model's config, its tokenizer, and the weights to start from, if any are given.
 
     A model that takes no text has no tokenizer.
@@ -265,7 +265,7 @@ def _choose_model() -> tuple[Any, str | None, training.Source | None]:
     if _INIT_FROM.value is None:
         config = zoo.config(_MODEL.value or _DEFAULT_MODEL, **settings)
         return config, _TOKENIZER.value or "bytes", None
-    source = training.find_source(_INIT_FROM.value, _workdir())
+    source = training.find_source(_INIT_FROM.value, folder)
     config = source.override(settings)
     if _MODEL.value is not None and zoo.config(_MODEL.value, **settings) != config:
         raise ValueError(f"--model={_MODEL.value} is another model than the one in "

@@ -16,6 +16,7 @@ model.
             0 and 255 for two classes
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -554,8 +555,8 @@ def _listed(lines: Path, paths: list[Path]) -> list[Path]:
     by_name = {stem(path): path for path in paths}
     with _reading(lines):
         names = lines.read_text("utf-8").split()
-    for count, name in enumerate(names):
-        if name in names[:count]:
+    for name, count in collections.Counter(names).items():
+        if count > 1:
             raise ValueError(f"{lines}: it has {name!r} twice; take one of them out")
         if name not in by_name:
             raise ValueError(f"{lines}: there is no file of {name!r}; restore it, or take the line "
@@ -894,6 +895,7 @@ def load(spec: str, num_classes: int, *, image_size: int | None = None,
         raise ValueError(f"class_names: data {name!r} has names of its own; leave them out")
     if class_names:
         classes = ("background", *class_names)
+        # In metrics' names spaces are underscores.
         if "" in classes or len({name.replace(" ", "_") for name in classes}) < len(classes):
             raise ValueError(f"class_names {','.join(class_names)}: they must differ, from one "
                              "another and from background, which label 0 is; correct them")

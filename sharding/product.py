@@ -14,10 +14,14 @@ _PARTS = 4
 
 def product(expression: str, x: jax.Array, w: jax.Array, preferred_element_type=None, *,
             whole: bool) -> jax.Array:
-    """``jnp.einsum(expression, x, w)`` of an activation and a parameter.
+    """``jnp.einsum(expression, x, w)`` of an activation and a parameter, in that function's dtype.
+
+    It has gradients for both operands, in reverse mode. Raises what ``jnp.einsum`` raises.
 
     Args:
-      expression: the einsum, e.g. ``"btd,dhk->bthk"``.
+      expression: the einsum, one letter a dimension, e.g. ``"btd,dhk->bthk"``.
+      x: the activation, e.g. [B, T, D].
+      w: the parameter, e.g. [D, H, K].
       preferred_element_type: as in ``jnp.einsum``.
       whole: whether one device holds both operands, so that reshaping them moves nothing.
     """
@@ -74,6 +78,7 @@ def _pays(x: jax.Array, w: jax.Array, preferred_element_type, summed: int) -> bo
         return False
     kinds = {jnp.dtype(t) for t in (x.dtype, w.dtype, preferred_element_type or x.dtype)}
     return (kinds == {jnp.dtype("float32")} and w.size in _ELEMENTS
+            and x.shape[x.ndim - summed:] == w.shape[:summed]  # Else einsum says what is wrong.
             and math.prod(x.shape[:x.ndim - summed]) in _ROWS
             and math.prod(w.shape[:summed]) % _PARTS == 0)
 

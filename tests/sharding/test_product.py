@@ -91,3 +91,9 @@ def test_a_program_for_another_platform_has_the_plain_product():
              for platform in ("cpu", "tpu")}
     assert "tensor<4x65x260xf32>" in texts["cpu"]
     assert "tensor<4x65x260xf32>" not in texts["tpu"]
+
+
+def test_shapes_that_do_not_fit_are_told_by_einsum():
+    x, w = _operands("btd,df->btf", (1, 1))
+    with pytest.raises((TypeError, ValueError), match="[Ss]ize of label 'd'|contract"):
+        product("btd,df->btf", x[..., :200], w, whole=True)
