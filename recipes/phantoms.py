@@ -9,8 +9,10 @@ Every number comes from a generator's bits by integer arithmetic or by single ad
 quotients and square roots in float64, so that volumes are the same to the bit on every machine.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -242,11 +244,10 @@ def _tissue(draw: _Draw) -> tuple[np.ndarray, np.ndarray]:
     return units, labels
 
 
-def _voxels(fine: np.ndarray) -> np.ndarray:
-    """[.., Z, Y, X, points of the voxel]."""
-    z, y, x = SHAPE
-    parts = fine.reshape(z, _FINE, y, _FINE, x, _FINE)
-    return parts.transpose(0, 2, 4, 1, 3, 5).reshape(z, y, x, _FINE**3)
+def _points(fine: np.ndarray) -> list[np.ndarray]:
+    """Of each point of a voxel the array [Z, Y, X] of all voxels' values there."""
+    return [fine[i::_FINE, j::_FINE, k::_FINE]
+            for i, j, k in itertools.product(range(_FINE), repeat=3)]
 
 
 def _blurred(x: np.ndarray) -> np.ndarray:
@@ -262,10 +263,8 @@ def _blurred(x: np.ndarray) -> np.ndarray:
 def make(patient: int, scanner: int) -> Phantom:
     """A patient's volume as one of `SCANNERS` gives it."""
     units, labels = _tissue(_Draw(1, patient))
-    points = _voxels(units)
-    mean = functools.reduce(np.add, np.moveaxis(points, -1, 0)) / points.shape[-1]
-    points = _voxels(labels)
-    counts = np.stack([np.count_nonzero(points == label, axis=-1)
+    mean = functools.reduce(np.add, _points(units)) / _FINE**3
+    counts = np.stack([functools.reduce(np.add, _points((labels == label).view(np.uint8)))
                        for label in range(len(CLASSES))])
     s = SCANNERS[scanner]
     y, x = (np.linspace(-1.0, 1.0, n)[shape] for n, shape in zip(
@@ -283,4 +282,5 @@ def load(split: str) -> list[Phantom]:
     """The phantoms of "train", "validation" or "heldout"."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
-    return [make(patient, scanner) for patient, scanner in SPLITS[split]]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(make, *zip(*SPLITS[split], strict=True)))
