@@ -379,7 +379,7 @@ class Segmenter(nnx.Module):
 PRESETS = {
     # For demonstrations and tests.
     "paratranscnn-tiny": lambda: ParaTransCnn(
-        num_classes=9, in_channels=1, cnn=ResNet(10, 16), transformer=Pyramid(32, 1, 4)),
+        num_classes=9, in_channels=1, cnn=ResNet(10, 16), transformer=Pyramid(16, 1, 2)),
     "paratranscnn-small": lambda: ParaTransCnn(
         num_classes=9, cnn=ResNet(18, 32), transformer=Pyramid(96, 2)),
     # The authors', for Synapse.

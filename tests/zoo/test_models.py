@@ -72,7 +72,7 @@ NUM_PARAMS = {
 # What their names round.
 ABOUT = {"xlstm-tiny": 3e6, "xlstm-165m": 1.65e8, "xlstm-1.3b": 1.3e9, "xlstm-2.7b": 2.7e9,
          "xlstm-mixed-tiny": 1.5e6, "lstm-tiny": 2e6, "gru-tiny": 2e6,
-         "paratranscnn-tiny": 4e6, "paratranscnn-small": 2.8e7}
+         "paratranscnn-tiny": 2.3e6, "paratranscnn-small": 2.8e7}
 
 # Softmax does not see what is added to all scores of a query, as a key's bias does without rope.
 NO_GRADIENT = {"gpt2": {"stack/blocks/0/mixer/key/bias"}}

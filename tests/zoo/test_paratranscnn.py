@@ -205,7 +205,7 @@ def test_bfloat16_keeps_statistics_and_logits_in_float32():
 @pytest.mark.parametrize(("overrides", "message"), [
     ({"cnn": None, "transformer": None}, "cnn and transformer are both none; keep one"),
     ({"cnn.depth": 50}, r"cnn.depth is 50; it must be one of \[10, 18, 34\]"),
-    ({"transformer.width": 30}, "transformer.width is 30, which does not divide by .* = 4"),
+    ({"transformer.width": 15}, "transformer.width is 15, which does not divide by .* = 2"),
     ({"transformer.dropout": 1.0}, r"transformer.dropout is 1.0; it must be in \[0, 1\)"),
     ({"num_classes": 0}, "num_classes is 0; it must be at least 1"),
 ])
