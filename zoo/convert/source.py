@@ -90,7 +90,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     values = directory.read_json(path) if os.path.lexists(path) else None
     if values is not None and ("format" in values or values.get("model_type") is not None):
         return values
-    with _weights(folder) as weights:
+    with _weights(folder, needed=values is None) as weights:
         for family in families():
             if values is None:
                 if family.infer is not None and family.probe in weights:
@@ -101,9 +101,9 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _weights(folder: Path) -> Iterator[Mapping[str, Tensor]]:
-    """The tensors of a directory, none where it has no file of them."""
-    if not any(folder.glob("*.safetensors")):
+def _weights(folder: Path, needed: bool) -> Iterator[Mapping[str, Tensor]]:
+    """The tensors of a directory; where it has no file of them none, or if needed `Damaged`."""
+    if not needed and not any(folder.glob("*.safetensors")):
         yield {}
         return
     weights = Weights(folder)

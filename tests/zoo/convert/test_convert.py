@@ -428,7 +428,10 @@ def test_what_is_loaded_on_demand_is_listed():
 def test_directories_that_are_none(tmp_path):
     with pytest.raises(ValueError, match="is no directory"):
         convert.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"has no config\.json"):
+    with pytest.raises(ValueError, match="holds no safetensors file; give"):
+        convert.load(tmp_path)
+    (tmp_path / "model.pth").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"only 'model\.pth': a pickle .* safetensors\.torch"):
         convert.load(tmp_path)
 
 
