@@ -895,8 +895,7 @@ def load(spec: str, num_classes: int, *, image_size: int | None = None,
         raise ValueError(f"class_names: data {name!r} has names of its own; leave them out")
     if class_names:
         classes = ("background", *class_names)
-        # In metrics' names spaces are underscores.
-        if "" in classes or len({name.replace(" ", "_") for name in classes}) < len(classes):
+        if "" in classes or len({metric_name(name) for name in classes}) < len(classes):
             raise ValueError(f"class_names {','.join(class_names)}: they must differ, from one "
                              "another and from background, which label 0 is; correct them")
     if layout is None:
@@ -919,6 +918,11 @@ def load(spec: str, num_classes: int, *, image_size: int | None = None,
         parts["train"], parts["validation"] = _divide(parts["train"], _VALIDATION, spec)
     return Dataset(parts, preprocessing, num_classes, cache_dir=cache_dir,
                    merge=layout is not None and layout.merge)
+
+
+def metric_name(class_name: str) -> str:
+    """A class as metrics name it."""
+    return class_name.replace(" ", "_")
 
 
 def _phantom(part: str, index: int, phantom: phantoms.Phantom) -> Case:

@@ -340,4 +340,4 @@ def _count(number: int, unit: str, plural: str = "s") -> str:
 
 
 def _key(name: str) -> str:
-    return f"dice_{name.replace(' ', '_')}"
+    return f"dice_{volumes.metric_name(name)}"
