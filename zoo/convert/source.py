@@ -90,7 +90,7 @@ def read_values(folder: Path) -> dict[str, Any]:
     values = directory.read_json(path) if os.path.lexists(path) else None
     if values is not None and ("format" in values or values.get("model_type") is not None):
         return values
-    with _weights(folder, needed=values is None) as weights:
+    with _weights(folder, needed=values is None and folder.is_dir()) as weights:
         for family in families():
             if values is None:
                 if family.infer is not None and family.probe in weights:
