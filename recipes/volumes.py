@@ -921,7 +921,7 @@ def load(spec: str, num_classes: int, *, image_size: int | None = None,
 
 
 def metric_name(class_name: str) -> str:
-    """A class as metrics name it."""
+    """How metrics write a class: "left kidney" is "left_kidney"."""
     return class_name.replace(" ", "_")
 
 
