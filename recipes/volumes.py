@@ -244,21 +244,18 @@ def read_volume(path: Path, labels: Path | None = None) -> Volume:
     name = stem(path)
     if _ending(path) in _NIFTI:
         image, affine = _read_nifti(path)
-        if affine is None:
-            raise ValueError(f"{path}: it has no affine (both its sform and its qform code are 0), "
-                             "so where its voxels lie is unknown; set one, as with nibabel's "
-                             "set_sform(affine, code=1)")
-        if not (np.isfinite(affine).all() and np.linalg.det(affine[:3, :3])):
-            raise ValueError(f"{path}: its affine gives voxels no size; set a right one, as with "
-                             "nibabel's set_sform(affine, code=1)")
         x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
         mask = None
         if labels is not None:
             mask, other = _read_nifti(labels)
-            if other is not None and mask.shape == image.shape[:3] and np.abs(
-                    (affine - other)[:3, :3]).max() > 0.1 * min(x, y, z):
-                raise ValueError(f"{labels}: its axes lie otherwise in space than those of {path}; "
-                                 "resample the mask onto the image")
+            if mask.shape == image.shape[:3]:
+                last = np.array(np.meshgrid(*((0, n - 1) for n in mask.shape[::-1]), [1]))
+                apart = np.linalg.norm((affine - other)[:3] @ last.reshape(4, -1), axis=0).max()
+                if apart > min(x, y, z) / 2:
+                    raise ValueError(
+                        f"{labels}: its voxels lie up to {apart:.4g} mm from those of {path}; "
+                        "resample the mask onto the image, or if they belong together voxel by "
+                        "voxel save it with the image's affine")
         volume = Volume(name, image, mask, (float(z), float(y), float(x)), affine)
     elif _ending(path) in _ARRAYS:
         volume, labels = Volume(name, *_read_arrays(path)), path
@@ -313,8 +310,8 @@ def _library(name: str, path: Path) -> ModuleType:
                          "'parazoo[medical]'") from None
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """([Z, H, W] or [Z, H, W, C], the affine if the file has one)."""
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """([Z, H, W] or [Z, H, W, C], the affine in millimetres, float64 [4, 4])."""
     nibabel = _library("nibabel", path)
     try:
         with _reading(path):
@@ -335,9 +332,17 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                          "channels as a fourth")
     if not isinstance(file, nibabel.Nifti1Pair):
         raise ValueError(f"{path}: it is {type(file).__name__} and no NIfTI volume; convert it")
-    has_affine = any(int(file.header[code]) > 0 for code in ("sform_code", "qform_code"))
-    return (np.swapaxes(array, 0, 2),
-            np.asarray(file.affine, np.float64) if has_affine else None)
+    if not any(int(file.header[code]) > 0 for code in ("sform_code", "qform_code")):
+        raise ValueError(f"{path}: it has no affine (both its sform and its qform code are 0), "
+                         "so where its voxels lie is unknown; set one, as with nibabel's "
+                         "set_sform(affine, code=1)")
+    affine = np.asarray(file.affine, np.float64)
+    if not (np.isfinite(affine).all() and np.linalg.det(affine[:3, :3])):
+        raise ValueError(f"{path}: its affine gives voxels no size; set a right one, as with "
+                         "nibabel's set_sform(affine, code=1)")
+    # Spatial units are the lowest three bits; most files that name none are in millimetres.
+    affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(file.header["xyzt_units"]) & 7, 1.0)
+    return np.swapaxes(array, 0, 2), affine
 
 
 def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

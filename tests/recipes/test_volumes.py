@@ -262,6 +262,23 @@ def test_a_nifti_comes_back_as_it_was(tmp_path):
     assert volume.labels is None
 
 
+@pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000), ("mm", 1), ("micron", 0.001),
+                                                   ("unknown", 1)])
+def test_a_niftis_units_are_read(unit, millimetres, tmp_path):
+    """The unit's length is scaled away, and a mask a quarter of a voxel off is still one."""
+    image, labels = example(0)
+    stored, moved = AFFINE.copy(), AFFINE.copy()
+    moved[0, 3] += 0.125
+    stored[:3] /= millimetres
+    file = nibabel.Nifti1Image(image.T, stored)
+    file.header.set_xyzt_units(unit)
+    nibabel.save(file, tmp_path / "x.nii")
+    write_nifti(tmp_path / "y.nii", labels, moved)
+    volume = read_volume(tmp_path / "x.nii", tmp_path / "y.nii")
+    np.testing.assert_allclose(volume.spacing, (3.0, 0.75, 0.5), rtol=1e-6)
+    np.testing.assert_allclose(volume.affine, AFFINE, rtol=1e-6)
+
+
 def test_slices_are_zoomed_as_the_authors_do():
     image, labels = example(0)
     p = Preprocessing("nifti", ("background",), SIDE, (0.0, 250.0))
@@ -410,10 +427,14 @@ def spoil_size(root):
     write_nifti(root / "x0_seg.nii.gz", example(0, 2)[1])
 
 
-def spoil_affine(root):
-    file = nibabel.load(root / "x0.nii.gz")
+def spoil_affine(root, name="x0.nii.gz"):
+    file = nibabel.load(root / name)
     file = nibabel.Nifti1Image(np.asarray(file.dataobj), None)
-    nibabel.save(file, root / "x0.nii.gz")
+    nibabel.save(file, root / name)
+
+
+def spoil_mask_affine(root):
+    spoil_affine(root, "x0_seg.nii.gz")
 
 
 def spoil_sides(root):
@@ -445,6 +466,12 @@ def spoil_twin(root):
 
 def spoil_axes(root):
     write_nifti(root / "x0_seg.nii.gz", example(0)[1], AFFINE * [[-1], [1], [1], [1]])
+
+
+def spoil_place(root):
+    moved = AFFINE.copy()
+    moved[1, 3] += 2.5
+    write_nifti(root / "x0_seg.nii.gz", example(0)[1], moved)
 
 
 def spoil_end(root):
@@ -485,7 +512,9 @@ def spoil_image(root):
     (spoil_colors, ["x0_seg.nii.gz: the labels are [('R', 'u1')", "they must be whole numbers"]),
     (spoil_channels, ["channels, and others have", "give all of them the same ones"]),
     (spoil_twin, ["x0_seg.nii.gz: ", "x0_gt.nii.gz is of the same case; take one of them away"]),
-    (spoil_axes, ["x0_seg.nii.gz: its axes lie otherwise in space", "resample the mask"]),
+    (spoil_mask_affine, ["x0_seg.nii.gz: it has no affine", "set one"]),
+    (spoil_axes, ["x0_seg.nii.gz: its voxels lie up to 18 mm from", "resample the mask"]),
+    (spoil_place, ["x0_seg.nii.gz: its voxels lie up to 2.5 mm from", "the image's affine"]),
     (spoil_end, ["x0.nii.gz: it cannot be read", "cut off or damaged; fetch it again"]),
     (spoil_start, ["x0.nii.gz: it is no NIfTI", "fetch it again, or convert it"]),
     (spoil_voxel, ["x0.nii.gz: 1 of its voxels are nan or infinite; replace them"]),
