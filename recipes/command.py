@@ -129,13 +129,15 @@ def execute(main: Callable[[], None], argv: Sequence[str]) -> int:
 def settings(items: Iterable[str]) -> dict[str, str]:
     """The ``--set`` flags ["num_layers=6", "attention.window=512"] as {path: text}.
 
-    One flag may hold several, with commas between them.
+    One flag may hold several, with commas between them. A later one counts, and in place of what
+    earlier ones set below its field: "a.b=1" is nothing before "a=none".
     """
     found: dict[str, str] = {}
     for item in (part for text in items for part in text.split(",") if part.strip()):
         path, _, value = (part.strip() for part in item.partition("="))
         if not path or not value:
             raise ValueError(f"--set={item}: it must be FIELD=VALUE, as in --set=num_layers=6")
+        found = {p: text for p, text in found.items() if not p.startswith(f"{path}.")}
         found[path] = value
     return found
 

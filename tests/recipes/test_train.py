@@ -640,3 +640,5 @@ def test_flag_files_are_found_by_name_and_later_flags_win(tmp_path, monkeypatch)
 
 def test_settings_read_paths_and_values():
     assert command.settings(["a=1, b.c=x=y", "d=2"]) == {"a": "1", "b.c": "x=y", "d": "2"}
+    assert command.settings(["a.b=1,ab.c=1", "a=none"]) == {"ab.c": "1", "a": "none"}
+    assert command.settings(["a=none", "a.b=1"]) == {"a": "none", "a.b": "1"}
