@@ -1,5 +1,6 @@
 """Set-up for every test: eight forced CPU devices, full matmul precision, seeds, markers."""
 
+import collections
 import importlib.metadata
 import os
 import pathlib
@@ -35,6 +36,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--every", type=int, default=1, metavar="N",
+                     help="of each file run the first test and every N-th after it alone")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -47,6 +50,13 @@ def pytest_collection_modifyitems(config, items):
         for marker, skip in unmet.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+    seen, chosen, left = collections.Counter(), [], []
+    for item in items:
+        place = seen[item.path]
+        seen[item.path] += not any(map(item.get_closest_marker, unmet))
+        (chosen if place % config.getoption("--every") == 0 else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = chosen
 
 
 @pytest.fixture(autouse=True)

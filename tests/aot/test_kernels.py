@@ -16,8 +16,8 @@ from tests.aot.test_described_machines import needs_cuda, needs_libtpu
 CHILD = pathlib.Path(__file__).with_name("kernel_compiles.py")
 MACHINES = [
     pytest.param("v5e:2x2", "data:2,tensor:2", marks=needs_libtpu),
-    pytest.param("v5p:2x2x1", "data:2,tensor:2", marks=needs_libtpu),
-    pytest.param("v6e:2x2", "data:2,tensor:2", marks=needs_libtpu),
+    pytest.param("v5p:2x2x1", "data:2,tensor:2", marks=[needs_libtpu, pytest.mark.slow]),
+    pytest.param("v6e:2x2", "data:2,tensor:2", marks=[needs_libtpu, pytest.mark.slow]),
     pytest.param("h200:8", "data:4,tensor:2", marks=needs_cuda),
 ]
 OPS = [name for name, op in pallas_kernels.ops().items()

@@ -23,9 +23,10 @@ def test_segmentation(machine, mode):
     memory, devices = result["memory"], 8 if machine == "h200:8" else 4
     assert memory["fits"] and result["images_per_second_bound"] > 0
     if mode == "train":
-        # Parameters and both of AdamW's moments, float32, live on in their buffers, shared out.
+        # Parameters and both of AdamW's moments, float32, live on in their buffers, shared out;
+        # a TPU pads them to tiles of 8 x 128, which the tiny model's kernels do not fill.
         state = 3 * 4 * result["parameters"] / devices
-        assert 0.9 * state < memory["aliases"] < 1.5 * state
+        assert 0.9 * state < memory["aliases"] < (1.1 if machine == "h200:8" else 2) * state
         assert {"all-reduce", "all-gather"} & {c["kind"] for c in result["collectives"]}
     else:
         assert 2 * result["parameters"] <= memory["arguments"] and memory["aliases"] == 0

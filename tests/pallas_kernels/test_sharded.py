@@ -1,8 +1,9 @@
 """Every op on eight devices against one: values, and gradients of replicated and sharded operands.
 
 A gradient of a replicated operand that is not summed over the devices, or is summed twice, is
-silently wrong; so every op is run under each of its axes sharded alone, all of them, and none, and
-some under their TPU kernels (cross-entropy's are in test_cross_entropy.py).
+silently wrong; so every op is run under each of its axes sharded alone, all of them, and none (its
+other cases under all; --run-slow runs each under each), and some under their TPU kernels
+(cross-entropy's are in test_cross_entropy.py).
 """
 
 import jax
@@ -38,10 +39,14 @@ def layouts(op, case):
 
 def _all():
     for name, op in pallas_kernels.ops().items():
+        seen = set()
         for case in cases.of(op):
             if case.core:
                 for layout, axes in layouts(op, case).items():
-                    yield pytest.param(op, case, axes, id=f"{name}-{case.name}-{layout}")
+                    again = layout in seen and layout != "all"
+                    seen.add(layout)
+                    yield pytest.param(op, case, axes, id=f"{name}-{case.name}-{layout}",
+                                       marks=[pytest.mark.slow] if again else [])
 
 
 def batched(case, operands, op):
