@@ -129,8 +129,8 @@ def execute(main: Callable[[], None], argv: Sequence[str]) -> int:
 def settings(items: Iterable[str]) -> dict[str, str]:
     """The ``--set`` flags ["num_layers=6", "attention.window=512"] as {path: text}.
 
-    One flag may hold several, with commas between them. A later one counts, and in place of what
-    earlier ones set below its field: "a.b=1" is nothing before "a=none".
+    One flag may hold several, with commas between them. A later one wins, also over earlier ones of
+    fields below its own: "a=none" drops an "a.b=1" before it.
     """
     found: dict[str, str] = {}
     for item in (part for text in items for part in text.split(",") if part.strip()):

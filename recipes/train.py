@@ -37,7 +37,8 @@ with command.group("Model"):
     _MODEL = flags.DEFINE_string("model", None, "A name in zoo.list(); left out, "
                                  f"{_DEFAULT_MODEL}, or with --init_from the model there.")
     _SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE replaces a field of the model's "
-                                     "config, as num_layers=6 or attention.window=512. Repeatable.")
+                                     "config, as num_layers=6 or attention.window=512. Repeatable; "
+                                     "a later one wins.")
     _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"],
                                "Of the parameters that are kept: float32 or bfloat16.")
     _COMPUTE_DTYPE = flags.DEFINE_enum(

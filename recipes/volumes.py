@@ -45,7 +45,7 @@ _NIFTI = (".nii.gz", ".nii")
 _ARRAYS = (".npy.h5", ".h5", ".npz")
 _MASKS = ("_seg", ".seg", "_gt", "_mask", "_label")
 _HELDOUT, _VALIDATION = 0.2, 0.1  # The part of all patients, and of what is left of them.
-_FORMAT = 1  # Of prepared slices on disk.
+_FORMAT = 2  # Of prepared slices on disk, and of what `read_volume` refuses.
 _LARGEST = 2**14  # Pixels of a slice's side.
 _MOST_NEIGHBORS = 64
 _RECORD = ("image", "labels", "voxels")  # Of each.
@@ -132,7 +132,8 @@ class Preprocessing:
                     raise ValueError(
                         f"pixels of {spacing[1]:g} x {spacing[2]:g} mm make its slices "
                         f"{_sides(tuple(sides))} pixels of {self.pixel:g} mm; at most {_LARGEST} "
-                        "can be, so give its affine in millimetres")
+                        "can be, so correct its affine, or its unit, as with nibabel's "
+                        "set_xyzt_units('mm')")
                 x = _zoom(x, sides, 3)
             x = _zoom(x, (self.image_size, self.image_size), 3)
             found.append(x[..., None] if x.ndim == 2 else x)
@@ -230,8 +231,8 @@ def _zoom(x: np.ndarray, sides: Sequence[int], order: int) -> np.ndarray:
 def read_volume(path: Path, labels: Path | None = None) -> Volume:
     """Reads a NIfTI (.nii, .nii.gz), arrays `image` and `label` (.npz, .h5) or a picture.
 
-    A NIfTI's axes x, y, z become columns, rows and slices, a fourth one channels. A picture is a
-    slice, and its numbers are from 0 to 255.
+    A NIfTI's axes x, y, z become columns, rows and slices, a fourth one channels; its unit is read,
+    and its mask's voxels must lie where its own do. A picture is a slice of numbers from 0 to 255.
 
     Args:
       path: of the image.
@@ -243,19 +244,21 @@ def read_volume(path: Path, labels: Path | None = None) -> Volume:
     """
     name = stem(path)
     if _ending(path) in _NIFTI:
-        image, affine = _read_nifti(path)
+        image, affine, unit = _read_nifti(path)
         x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
         mask = None
         if labels is not None:
-            mask, other = _read_nifti(labels)
+            mask, other, _ = _read_nifti(labels, unit)
             if mask.shape == image.shape[:3]:
-                last = np.array(np.meshgrid(*((0, n - 1) for n in mask.shape[::-1]), [1]))
-                apart = np.linalg.norm((affine - other)[:3] @ last.reshape(4, -1), axis=0).max()
-                if apart > min(x, y, z) / 2:
+                # No voxel lies farther from its place than one of a corner.
+                corners = np.array(np.meshgrid(*((0, n - 1) for n in mask.shape[::-1]), 1))
+                corners = corners.reshape(4, -1)
+                apart = np.abs(np.linalg.solve(affine, other @ corners) - corners).max()
+                if apart > 0.5:
                     raise ValueError(
-                        f"{labels}: its voxels lie up to {apart:.4g} mm from those of {path}; "
-                        "resample the mask onto the image, or if they belong together voxel by "
-                        "voxel save it with the image's affine")
+                        f"{labels}: it lies up to {apart:.3g} voxels from {path}, and half a voxel "
+                        "is the most; resample the mask onto the image, or if they belong together "
+                        "voxel by voxel save it with the image's affine and unit")
         volume = Volume(name, image, mask, (float(z), float(y), float(x)), affine)
     elif _ending(path) in _ARRAYS:
         volume, labels = Volume(name, *_read_arrays(path)), path
@@ -310,8 +313,11 @@ def _library(name: str, path: Path) -> ModuleType:
                          "'parazoo[medical]'") from None
 
 
-def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """([Z, H, W] or [Z, H, W, C], the affine in millimetres, float64 [4, 4])."""
+def _read_nifti(path: Path, unit: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
+    """([Z, H, W] or [Z, H, W, C], the affine in millimetres, float64 [4, 4], its unit's code).
+
+    `unit` is that of a file that names none; with 0 such a file is in millimetres.
+    """
     nibabel = _library("nibabel", path)
     try:
         with _reading(path):
@@ -338,11 +344,11 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
                          "set_sform(affine, code=1)")
     affine = np.asarray(file.affine, np.float64)
     if not (np.isfinite(affine).all() and np.linalg.det(affine[:3, :3])):
-        raise ValueError(f"{path}: its affine gives voxels no size; set a right one, as with "
-                         "nibabel's set_sform(affine, code=1)")
-    # Spatial units are the lowest three bits; most files that name none are in millimetres.
-    affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(file.header["xyzt_units"]) & 7, 1.0)
-    return np.swapaxes(array, 0, 2), affine
+        raise ValueError(f"{path}: its affine {affine[:3].tolist()} gives voxels no size or no "
+                         "place; set a right one, as with nibabel's set_sform(affine, code=1)")
+    unit = int(file.header["xyzt_units"]) & 7 or unit  # That of space is the lowest three bits.
+    affine[:3] *= {1: 1e3, 3: 1e-3}.get(unit, 1.0)
+    return np.swapaxes(array, 0, 2), affine, unit
 
 
 def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

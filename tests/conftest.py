@@ -37,24 +37,28 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
     parser.addoption("--every", type=int, default=1, metavar="N",
-                     help="of each file run the first test and every N-th after it alone")
+                     help="run only the first test of each file and every N-th after it")
 
 
+@pytest.hookimpl(trylast=True)  # After pytest's -k and -m.
 def pytest_collection_modifyitems(config, items):
     unmet = {}
     if not config.getoption("--run-slow"):
-        unmet["slow"] = pytest.mark.skip(reason="slow: runs with --run-slow (make test-all)")
+        unmet["slow"] = pytest.mark.skip(reason="slow: runs with --run-slow")
     if "cuda" not in os.environ["JAX_PLATFORMS"]:
         unmet["gpu"] = pytest.mark.skip(reason="needs a GPU: run with JAX_PLATFORMS=cuda,cpu")
     for item in items:
         for marker, skip in unmet.items():
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+    every = config.getoption("--every")
+    if every < 1:
+        raise pytest.UsageError(f"--every={every}: it must be at least 1")
     seen, chosen, left = collections.Counter(), [], []
     for item in items:
         place = seen[item.path]
         seen[item.path] += not any(map(item.get_closest_marker, unmet))
-        (chosen if place % config.getoption("--every") == 0 else left).append(item)
+        (left if place % every else chosen).append(item)
     config.hook.pytest_deselected(items=left)
     items[:] = chosen
 

@@ -168,8 +168,8 @@ def _time_lengths(config: Any, lengths: list[int], rounds: int, new_tokens: int,
             row += [f"{speed['xlstm']:.1f}", f"{speed['transformer']:.1f}", f"{speed['ratio']:.2f}"]
         table.add_row(*row)
         # The longest take minutes, and a run that is ended keeps what it has said.
-        console.print(f"{length} tokens: trained at {row[1]} and {row[2]} tokens/s, decoded behind "
-                      f"at {row[4]} and {row[5]}")
+        console.print(f"{length} tokens: xLSTM trains {row[1]} and decodes {row[4]} tokens/s, "
+                      f"{TRANSFORMER} {row[2]} and {row[5]}", soft_wrap=True)
     console.print(table)
     speeds = [found["train"][length]["xlstm"] for length in lengths]
     found["slowest_over_fastest"] = max(speeds) / min(speeds)

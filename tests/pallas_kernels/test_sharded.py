@@ -1,9 +1,9 @@
 """Every op on eight devices against one: values, and gradients of replicated and sharded operands.
 
 A gradient of a replicated operand that is not summed over the devices, or is summed twice, is
-silently wrong; so every op is run under each of its axes sharded alone, all of them, and none (its
-other cases under all; --run-slow runs each under each), and some under their TPU kernels
-(cross-entropy's are in test_cross_entropy.py).
+silently wrong; so every op's first core case is run under each of its axes sharded alone, all of
+them, and none, its other ones under all (--run-slow: each under each), and some under their TPU
+kernels (cross-entropy's are in test_cross_entropy.py).
 """
 
 import jax

@@ -265,18 +265,23 @@ def test_a_nifti_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize(("unit", "millimetres"), [("meter", 1000), ("mm", 1), ("micron", 0.001),
                                                    ("unknown", 1)])
 def test_a_niftis_units_are_read(unit, millimetres, tmp_path):
-    """The unit's length is scaled away, and a mask a quarter of a voxel off is still one."""
+    """The unit's length is scaled away; a mask has its image's where it names none.
+
+    A mask a quarter of a voxel off is still one.
+    """
     image, labels = example(0)
     stored, moved = AFFINE.copy(), AFFINE.copy()
     moved[0, 3] += 0.125
     stored[:3] /= millimetres
-    file = nibabel.Nifti1Image(image.T, stored)
-    file.header.set_xyzt_units(unit)
-    nibabel.save(file, tmp_path / "x.nii")
-    write_nifti(tmp_path / "y.nii", labels, moved)
+    for name, array, affine, its in (("x", image, stored, unit), ("y", labels, moved, "mm")):
+        file = nibabel.Nifti1Image(array.T, affine)
+        file.header.set_xyzt_units(its)
+        nibabel.save(file, tmp_path / f"{name}.nii")
     volume = read_volume(tmp_path / "x.nii", tmp_path / "y.nii")
     np.testing.assert_allclose(volume.spacing, (3.0, 0.75, 0.5), rtol=1e-6)
     np.testing.assert_allclose(volume.affine, AFFINE, rtol=1e-6)
+    write_nifti(tmp_path / "z.nii", labels, stored)
+    assert read_volume(tmp_path / "x.nii", tmp_path / "z.nii").labels is not None
 
 
 def test_slices_are_zoomed_as_the_authors_do():
@@ -507,14 +512,14 @@ def spoil_image(root):
     (spoil_size, ["x0_seg.nii.gz: the mask is 2 x 12 x 16 and the image x0.nii.gz 3 x 12 x 16",
                   "resample the mask"]),
     (spoil_affine, ["x0.nii.gz: it has no affine", "set one"]),
-    (spoil_sides, ["x0.nii.gz: its affine gives voxels no size; set a right one"]),
+    (spoil_sides, ["x0.nii.gz: its affine [[", "gives voxels no size or no place; set a"]),
     (spoil_type, ["x0.nii.gz: it is no NIfTI", "fetch it again, or convert it"]),
     (spoil_colors, ["x0_seg.nii.gz: the labels are [('R', 'u1')", "they must be whole numbers"]),
     (spoil_channels, ["channels, and others have", "give all of them the same ones"]),
     (spoil_twin, ["x0_seg.nii.gz: ", "x0_gt.nii.gz is of the same case; take one of them away"]),
     (spoil_mask_affine, ["x0_seg.nii.gz: it has no affine", "set one"]),
-    (spoil_axes, ["x0_seg.nii.gz: its voxels lie up to 18 mm from", "resample the mask"]),
-    (spoil_place, ["x0_seg.nii.gz: its voxels lie up to 2.5 mm from", "the image's affine"]),
+    (spoil_axes, ["x0_seg.nii.gz: it lies up to 36 voxels from", "resample the mask"]),
+    (spoil_place, ["x0_seg.nii.gz: it lies up to 3.33 voxels from", "the image's affine"]),
     (spoil_end, ["x0.nii.gz: it cannot be read", "cut off or damaged; fetch it again"]),
     (spoil_start, ["x0.nii.gz: it is no NIfTI", "fetch it again, or convert it"]),
     (spoil_voxel, ["x0.nii.gz: 1 of its voxels are nan or infinite; replace them"]),
