@@ -1,5 +1,7 @@
 """Every registered preset at a size for tests: all its options, little of anything else."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -74,6 +76,16 @@ def forms() -> list[str]:
             form = zoo.override(form, {"rnn.cell": "lstm"})
         found.setdefault(form, name)
     return list(found.values())
+
+
+def jitted(function, model):
+    """``function(model, *operands)``, compiled for the operands.
+
+    Weights are among them: XLA takes minutes to compute ahead what it can of large constants.
+    """
+    definition, params = protocol.split(model)
+    run = jax.jit(lambda params, *x: function(protocol.merge(definition, params), *x))
+    return functools.partial(run, params)
 
 
 def model(config, stacked: bool = False, seed: int = 0):

@@ -13,6 +13,7 @@ import pytest
 import sharding
 import zoo
 from recipes.tasks import lm
+from tests.tiny import jitted
 from tests.tolerances import assert_close
 from tests.zoo.test_models import dot_flops, paths_and_shapes
 from zoo import protocol
@@ -58,8 +59,7 @@ def model(branch="both"):
 @functools.cache
 def runner(branch="both"):
     """The jitted evaluation: images -> logits."""
-    found = model(branch)
-    return jax.jit(lambda x: found({"images": x}).logits)
+    return jitted(lambda model, x: model({"images": x}).logits, model(branch))
 
 
 def test_published_sizes():
@@ -197,7 +197,8 @@ def test_bfloat16_keeps_statistics_and_logits_in_float32():
     definition, params = protocol.split(model())
     cast = protocol.cast(params, jnp.bfloat16)
     assert_close(cast[protocol.STATISTICS], params[protocol.STATISTICS], tol=0)
-    logits = jax.jit(protocol.merge(definition, cast))({"images": images()}).logits
+    logits = jitted(lambda model, x: model({"images": x}).logits,
+                    protocol.merge(definition, cast))(images())
     assert logits.dtype == jnp.float32
     assert_close(logits, runner()(images()), tol=0.05)
 

@@ -2,13 +2,12 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import zoo
-from tests.tiny import assert_same, flat
+from tests.tiny import assert_same, flat, jitted
 from tests.tolerances import assert_close
 from tests.zoo.test_paratranscnn import drawn
 from zoo import convert
@@ -74,12 +73,11 @@ def test_pinned_numbers(tmp_path):
     image = np.moveaxis(uneven((1, 3, 64, 64), 999), 1, -1).astype(np.float32)
     labels = (np.arange(64 * 64) // 455 % 9).reshape(1, 64, 64)
 
-    @jax.jit
-    def run(image):
+    def run(model, image):
         output = model({"images": image})
         return output.logits, model.loss(output, labels)
 
-    logits, (total, weight, parts) = run(image)
+    logits, (total, weight, parts) = jitted(run, model)(image)
     values = np.moveaxis(np.asarray(logits), -1, 1).ravel()
     assert_close(np.array([values.mean(), np.abs(values).mean(), *values[:3], values[-1]]),
                  np.array([0.024406, 0.133791, 0.021865, 0.094592, 0.214893, 0.054279]), tol=2e-6)
