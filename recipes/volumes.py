@@ -231,8 +231,9 @@ def _zoom(x: np.ndarray, sides: Sequence[int], order: int) -> np.ndarray:
 def read_volume(path: Path, labels: Path | None = None) -> Volume:
     """Reads a NIfTI (.nii, .nii.gz), arrays `image` and `label` (.npz, .h5) or a picture.
 
-    A NIfTI's axes x, y, z become columns, rows and slices, a fourth one channels; its unit is read,
-    and its mask's voxels must lie where its own do. A picture is a slice of numbers from 0 to 255.
+    A NIfTI's axes x, y, z become columns, rows and slices, a fourth one channels; lengths in metres
+    or microns become millimetres. Its mask must lie on it, to half a voxel, and has its unit where
+    it names none. A picture is a slice of numbers from 0 to 255.
 
     Args:
       path: of the image.
